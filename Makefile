@@ -1,0 +1,60 @@
+# The front door for people. `make help` lists what there is.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+NATIVE := $(wildcard native/*.pyx native/*.pxd native/*.c native/*.h) $(wildcard protos/warmsync/v1/*.proto)
+C_FILES := $(filter %.c %.h,$(NATIVE))
+
+.PHONY: help build setup demo test lint format bench sanitize clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: build ## one warm migration on this host, from a live writer to a byte compare
+	@$(BIN)/python examples/demo/demo.py
+
+test: setup ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff, mypy, cython-lint, clang-format
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy agent native tests benchmarks examples
+	$(BIN)/cython-lint native
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
+
+format: setup ## put the sources in the house style
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
+
+bench: setup ## all benchmarks: ratios, measured side by side in one run
+	$(BIN)/python -m benchmarks
+
+sanitize: setup ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m pytest tests/test_sanitizers.py
+
+build: build/.installed ## install packages, make the virtual environment, build
+
+setup: build/.installed-dev
+
+$(BIN)/python:
+	@packaging/install-apt packaging/apt-build.txt
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --upgrade pip
+
+build/.tools: $(BIN)/python pyproject.toml
+	@packaging/install-apt packaging/apt-build.txt
+	@$(BIN)/pip install -q "setuptools>=77" "cython>=3.1" "grpcio-tools>=1.76"
+	@mkdir -p build && touch $@
+
+build/.installed: build/.tools setup.py $(NATIVE)
+	@echo "building warmsync"
+	@$(BIN)/pip install -q --no-build-isolation -e .
+	@touch $@
+
+build/.installed-dev: build/.installed packaging/apt-test.txt
+	@packaging/install-apt packaging/apt-test.txt
+	@$(BIN)/pip install -q --no-build-isolation -e '.[test,dev]'
+	@touch $@
+
+clean: ## remove what was built
+	rm -rf build $(VENV) *.egg-info native/*.so native/*.bpf.o protos/warmsync/v1/*_pb2*.py protos/warmsync/v1/*_pb2.pyi

@@ -1,0 +1,77 @@
+"""Direct I/O on block devices and regular files."""
+
+from array import array
+from collections.abc import Buffer, Iterator
+from types import TracebackType
+
+class BlockDevice:
+    """An open block device or regular file, read and written with O_DIRECT.
+
+    Each OSError carries errno, the path as filename, and says in strerror what was attempted
+    (operation, offset, length). A short transfer is EIO. EINTR is retried. Buffers must be aligned
+    to 4096 (AlignedBuffer) and offsets and lengths to the logical block size, except that a
+    transfer may end at the end of a file whose size is not a multiple (the tail is written through
+    a second, buffered descriptor). Files on a file system without O_DIRECT are accessed buffered
+    (`direct` is then False): for a file that is coherent on one host.
+
+    exclusive: a block device is opened with O_EXCL (EBUSY if mounted, held by device mapper or md,
+    swapped on or claimed by another); a file must not be open anywhere else (lease) nor locked, and
+    is flock()ed. All calls that do I/O release the GIL and are thread-safe.
+    Raises OSError(ENOTBLK) for anything that is neither a block device nor a regular file, and
+    OSError(EROFS) for a read-only device if `writable`.
+    """
+
+    def __init__(self, path: str, *, writable: bool = False, exclusive: bool = False) -> None: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def is_block_device(self) -> bool: ...
+    @property
+    def direct(self) -> bool: ...
+    @property
+    def writable(self) -> bool: ...
+    @property
+    def logical_block_size_bytes(self) -> int: ...
+    @property
+    def physical_block_size_bytes(self) -> int: ...
+    @property
+    def zero_methods(self) -> tuple[str, ...]:
+        """What `zero` still tries, best first: "punch", "zeroout", "write".
+
+        A method that the device refused (EOPNOTSUPP, ENOTTY, EINVAL...) is remembered as refused.
+        """
+    def size_bytes(self) -> int:
+        """Ask the kernel now: devices and files can change size."""
+    def fileno(self) -> int: ...
+    def read(self, offset_bytes: int, buffer: Buffer) -> None:
+        """Fill the whole buffer from `offset_bytes`."""
+    def write(self, offset_bytes: int, buffer: Buffer) -> None: ...
+    def read_batch(self, extents: array[int], buffer: Buffer) -> int:
+        """Read array("Q") offset, length pairs one after the other into `buffer`; returns bytes."""
+    def write_batch(self, extents: array[int], buffer: Buffer) -> int: ...
+    def zero(self, offset_bytes: int, length_bytes: int) -> None:
+        """Make the range read as zeros: punch a hole, else BLKZEROOUT / ZERO_RANGE, else write."""
+    def discard(self, offset_bytes: int, length_bytes: int) -> None:
+        """BLKDISCARD or punch a hole; OSError(EOPNOTSUPP) where that cannot be done."""
+    def flush(self) -> None:
+        """fsync: all that was written, here or through the page cache, is durable."""
+    def data_extents(self, start_bytes: int = 0) -> Iterator[tuple[int, int]] | None:
+        """Iterate ranges (offset, length) that may hold data; all else reads as zeros.
+
+        Files: SEEK_DATA and SEEK_HOLE. A loop device is asked through its backing file, if that is
+        proven to be it (device and inode of LOOP_GET_STATUS64), with offset and size limit;
+        a partition of one likewise. None where nothing is known.
+        """
+    def is_read_only(self) -> bool:
+        """BLKROGET; for a file: no write permission for anybody."""
+    def set_read_only(self, read_only: bool) -> None:
+        """The fence. BLKROSET; for a file remove write permission, or put back what was removed."""
+    def close(self) -> None: ...
+    def __enter__(self) -> BlockDevice: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None: ...

@@ -1,0 +1,42 @@
+"""Page-aligned memory for direct I/O, pooled."""
+
+from collections.abc import Buffer
+from types import TracebackType
+
+class AlignedBuffer(Buffer):
+    """`size_bytes` of zeroed, writable memory at an address that is a multiple of 4096.
+
+    Exports the buffer protocol (bytes). Raises ValueError for a size below 1, MemoryError.
+    """
+
+    def __init__(self, size_bytes: int) -> None: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class Lease:
+    """A buffer on loan, given back at the end of the `with` block."""
+
+    def __enter__(self) -> AlignedBuffer: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None: ...
+
+class BufferPool:
+    """At most `count` buffers of `size_bytes`, made when first needed and used again.
+
+    Thread-safe. `lease()` waits (without the GIL) while all are out; RuntimeError once closed.
+    """
+
+    def __init__(self, size_bytes: int, count: int) -> None: ...
+    @property
+    def outstanding(self) -> int: ...
+    def lease(self) -> Lease: ...
+    def close(self) -> None: ...

@@ -1,0 +1,36 @@
+"""Whole-range passes: digest a device's chunks, and compare them with a table."""
+
+from collections.abc import Buffer
+
+from native.bitmap import DirtyBitmap
+from native.blockio import BlockDevice
+from native.buffer import AlignedBuffer
+
+def digest(
+    device: BlockDevice, offset_bytes: int, length_bytes: int, scratch: AlignedBuffer
+) -> bytes:
+    """Return chunk.DIGEST_BYTES a chunk of the range (ZERO_DIGEST for zeros; last may be short).
+
+    The offset is a multiple of chunk.CHUNK_BYTES. Reads as much at a time as `scratch` holds.
+    """
+
+def compare(
+    device: BlockDevice,
+    offset_bytes: int,
+    length_bytes: int,
+    scratch: AlignedBuffer,
+    table: Buffer,
+    marks: DirtyBitmap,
+) -> int:
+    """Mark each chunk of the range whose digest is not the one in `table`; return bytes marked.
+
+    `table`: chunk.DIGEST_BYTES for each chunk of the whole device, read only here.
+    """
+
+def compare_hole(
+    offset_bytes: int, length_bytes: int, size_bytes: int, table: Buffer, marks: DirtyBitmap
+) -> int:
+    """The same for a range known to read as zeros: mark chunks whose entry is not ZERO_DIGEST.
+
+    Chunks only partly in the range are marked if their entry is not ZERO_DIGEST.
+    """
