@@ -43,7 +43,7 @@ $(BIN)/python:
 
 build/.tools: $(BIN)/python pyproject.toml
 	@packaging/install-apt packaging/apt-build.txt
-	@$(BIN)/pip install -q "setuptools>=77" "cython>=3.1" "grpcio-tools>=1.76"
+	@$(BIN)/pip install -q "setuptools>=77" "cython>=3.1" "grpcio-tools>=1.76" "googleapis-common-protos>=1.66"
 	@mkdir -p build && touch $@
 
 build/.installed: build/.tools setup.py $(NATIVE)

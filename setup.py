@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -67,10 +68,8 @@ def generate_stubs() -> None:
     """Write warmsync.v1 next to its .proto files: messages, gRPC stubs and types for mypy."""
     protos = sorted(str(path) for path in ROOT.glob("protos/warmsync/v1/*.proto"))
     out = str(ROOT / "protos")
-    from grpc_tools import _get_resource_file_name
-
-    well_known = _get_resource_file_name("grpc_tools", "_proto")
-    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{out}", f"-I{well_known}"]
+    includes = [ROOT / "protos", files("grpc_tools") / "_proto", files("google.rpc") / "../.."]
+    command = [sys.executable, "-m", "grpc_tools.protoc", *(f"-I{path}" for path in includes)]
     command += [f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}", *protos]
     subprocess.run(command, check=True)
 
