@@ -1,0 +1,64 @@
+"""Fixtures that all tests share: factories of devices, destroyed after each test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import pytest
+
+from tests import devices, host
+from tests.devices import FaultyDevice, LoopDevice
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def pytest_report_header() -> str:
+    return host.report()
+
+
+@pytest.fixture
+def resources() -> Iterator[ExitStack]:
+    """What a test enters here is torn down after it, last first, whatever happens."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def _factory(stack: ExitStack, make: Callable[P, AbstractContextManager[T]]) -> Callable[P, T]:
+    def build(*args: P.args, **kwargs: P.kwargs) -> T:
+        return stack.enter_context(make(*args, **kwargs))
+
+    return build
+
+
+@pytest.fixture
+def loop_device(resources: ExitStack) -> Callable[..., LoopDevice]:
+    """`loop_device(size_bytes, sector_size=512, partitions=False) -> LoopDevice`."""
+    return _factory(resources, devices.loop_device)
+
+
+@pytest.fixture
+def zram_device(resources: ExitStack) -> Callable[[int], str]:
+    """`zram_device(size_bytes) -> path`."""
+    return _factory(resources, devices.zram_device)
+
+
+@pytest.fixture
+def image_file(resources: ExitStack) -> Callable[..., Path]:
+    """`image_file(size_bytes, data=None) -> Path` of a sparse file of any size."""
+    return _factory(resources, devices.image_file)
+
+
+@pytest.fixture
+def faulty_device(resources: ExitStack) -> Callable[..., FaultyDevice]:
+    """`faulty_device(size_bytes, sector_size=512)`: EIO within `with device.failing(...)`."""
+    return _factory(resources, devices.faulty_device)
+
+
+@pytest.fixture
+def mounted(resources: ExitStack) -> Callable[..., Path]:
+    """`mounted(device, kind="ext4") -> Path` of a mounted new file system."""
+    return _factory(resources, devices.mounted)

@@ -1,0 +1,223 @@
+"""Real devices for tests: made on demand, always destroyed, with faults under them.
+
+Each is a context manager, so that property tests can use them too; `conftest` wraps them in
+fixtures. Whoever asks for one that the host cannot give is skipped, and told why.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests import host
+
+START_SECONDS = 20.0
+"""How long a helper process may take to get ready before the test fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopDevice:
+    """A loop device over a sparse file; `partitions` are the paths of its two partitions."""
+
+    path: str
+    backing: Path
+    size_bytes: int
+    sector_size: int
+    partitions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FaultyDevice:
+    """A loop device that answers EIO while told to."""
+
+    path: str
+    size_bytes: int
+    directory: Path
+
+    @contextmanager
+    def failing(self, *operations: str) -> Iterator[None]:
+        """Fail "pread", "pwrite", "zero" or "trim" (all if none is named) within the block."""
+        names = operations or ("pread", "pwrite", "zero", "trim")
+        triggers = [self.directory / name for name in names]
+        for trigger in triggers:
+            trigger.touch()
+        try:
+            yield
+        finally:
+            for trigger in triggers:
+                trigger.unlink()
+
+
+def require(*capabilities: str) -> None:
+    """Skip the test, saying why, if the host lacks one of `host.report`'s capabilities."""
+    for capability in capabilities:
+        reason = host.lacks(capability)
+        if reason is not None:
+            pytest.skip(f"needs {capability}: {reason}")
+
+
+def run(*command: str | Path, feed: str = "") -> str:
+    """Run a command to its end, return its output; what it said is in the error if it failed."""
+    done = subprocess.run([*map(str, command)], input=feed, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command} exited with {done.returncode}: {done.stderr}")
+    return done.stdout.strip()
+
+
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A directory in memory, removed with all it holds."""
+    path = Path(tempfile.mkdtemp(prefix="warmsync-test-", dir=host.SCRATCH))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@contextmanager
+def image_file(size_bytes: int, data: bytes | None = None) -> Iterator[Path]:
+    """A sparse file of any size, empty or beginning with `data`."""
+    with scratch_directory() as directory:
+        path = directory / "disk.img"
+        path.write_bytes(data or b"")
+        os.truncate(path, size_bytes)
+        yield path
+
+
+@contextmanager
+def loop_device(
+    size_bytes: int, sector_size: int = 512, partitions: bool = False
+) -> Iterator[LoopDevice]:
+    """A loop device over a sparse file in memory, direct where the host can."""
+    require("partitions" if partitions else "loop")
+    with image_file(size_bytes) as backing, ExitStack() as stack:
+        path = stack.enter_context(attached(backing, sector_size))
+        names: tuple[str, ...] = ()
+        if partitions:
+            names = stack.enter_context(_partitioned(path, size_bytes, sector_size))
+        yield LoopDevice(path, backing, size_bytes, sector_size, names)
+
+
+@contextmanager
+def attached(backing: Path, sector_size: int = 512, *options: str) -> Iterator[str]:
+    """Attach an existing file to a free loop device; yields the device's path."""
+    require("loop")
+    command = ["losetup", "--find", "--show", f"--sector-size={sector_size}", *options]
+    try:
+        path = run(*command, "--direct-io=on", backing)
+    except RuntimeError:
+        path = run(*command, backing)
+    try:
+        yield path
+    finally:
+        # The read-only flag belongs to the device number: the next user would inherit it.
+        with ExitStack() as undo:
+            undo.callback(run, "losetup", "--detach", path)
+            undo.callback(run, "blockdev", "--setrw", path)
+
+
+@contextmanager
+def zram_device(size_bytes: int) -> Iterator[str]:
+    """A compressed RAM disk: a bio-based device with 4096-byte sectors. Yields its path."""
+    require("zram")
+    control = Path("/sys/class/zram-control")
+    number = (control / "hot_add").read_text().strip()
+    try:
+        Path(f"/sys/block/zram{number}/disksize").write_text(str(size_bytes))
+        yield f"/dev/zram{number}"
+    finally:
+        with ExitStack() as undo:
+            undo.callback((control / "hot_remove").write_text, number)
+            undo.callback(run, "blockdev", "--setrw", f"/dev/zram{number}")
+
+
+@contextmanager
+def faulty_device(size_bytes: int, sector_size: int = 512) -> Iterator[FaultyDevice]:
+    """A loop device over memory that fails on demand (nbdkit's error filter, through FUSE)."""
+    require("nbdkit")
+    with (
+        scratch_directory() as directory,
+        _nbdfuse(directory, size_bytes) as file,
+        attached(file, sector_size) as path,
+    ):
+        yield FaultyDevice(path, size_bytes, directory)
+
+
+@contextmanager
+def mounted(device: str, kind: str = "ext4", *options: str) -> Iterator[Path]:
+    """Make a file system on `device` and mount it; unmounted at the end."""
+    require("root")
+    for tool in (f"mkfs.{kind}", "mount"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} installed")
+    run(f"mkfs.{kind}", "-q", device)
+    with scratch_directory() as directory:
+        run("mount", "-t", kind, *options, device, directory)
+        try:
+            yield directory
+        finally:
+            run("umount", directory)
+
+
+@contextmanager
+def _partitioned(path: str, size_bytes: int, sector_size: int) -> Iterator[tuple[str, ...]]:
+    """Two partitions: the second begins at an odd sector, as old tools laid them out."""
+    half = size_bytes // sector_size // 2
+    first = (1 << 20) // sector_size
+    table = f"label: dos\nstart={first}, size={half - first}\nstart={half + 63}\n"
+    run("sfdisk", "--quiet", path, feed=table)
+    # partx tells the kernel: not every kernel can read the table itself.
+    run("partx", "--update", path)
+    try:
+        yield f"{path}p1", f"{path}p2"
+    finally:
+        with ExitStack() as undo:
+            undo.callback(run, "partx", "--delete", path)
+            undo.callback(run, "blockdev", "--setrw", f"{path}p1")
+            undo.callback(run, "blockdev", "--setrw", f"{path}p2")
+
+
+@contextmanager
+def _nbdfuse(directory: Path, size_bytes: int) -> Iterator[Path]:
+    """Yield a file whose content nbdkit keeps in memory; nbdkit ends when nbdfuse does."""
+    file, ready = directory / "disk", directory / "ready"
+    file.touch()
+    command = ["nbdfuse", "--pidfile", str(ready), str(file), "--command", "nbdkit", "-s"]
+    command += ["--filter=error", "memory", str(size_bytes)]
+    for name in ("pread", "pwrite", "zero", "trim"):
+        command += [f"error-{name}-rate=100%", f"error-{name}-file={directory / name}"]
+    with (directory / "log").open("wb") as log, subprocess.Popen(command, stderr=log) as server:
+        try:
+            _await(ready, server)
+            yield file
+        finally:
+            _stop(file, server)
+
+
+def _await(file: Path, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not file.exists():
+        if server.poll() is not None:
+            raise RuntimeError(f"{server.args!r} exited with {server.returncode}")
+        if time.monotonic() > deadline:
+            server.kill()
+            raise RuntimeError(f"{server.args!r} was not ready in {START_SECONDS} s")
+        time.sleep(0.01)
+
+
+def _stop(file: Path, server: subprocess.Popen[bytes]) -> None:
+    try:
+        if server.poll() is None:
+            run("fusermount3", "-u", file)
+        server.wait(START_SECONDS)
+    finally:
+        server.kill()

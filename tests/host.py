@@ -1,0 +1,91 @@
+"""What the machine that runs the tests offers; each lack has a reason to skip with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+"""Where big scratch files go: memory, if there is any."""
+
+
+def _root() -> str | None:
+    return None if os.geteuid() == 0 else "not root"
+
+
+def _loop() -> str | None:
+    if _root():
+        return _root()
+    if not Path("/dev/loop-control").exists():
+        return "no /dev/loop-control"
+    return _tool("losetup")
+
+
+def _partitions() -> str | None:
+    return _loop() or _tool("sfdisk") or _tool("partx")
+
+
+def _zram() -> str | None:
+    if _root():
+        return _root()
+    return None if Path("/sys/class/zram-control").is_dir() else "no zram module"
+
+
+def _bpf() -> str | None:
+    if _root():
+        return _root()
+    return None if Path("/sys/kernel/btf/vmlinux").exists() else "kernel without BTF"
+
+
+def _nbdkit() -> str | None:
+    if _loop():
+        return _loop()
+    if not Path("/dev/fuse").exists():
+        return "no /dev/fuse"
+    return _tool("nbdkit") or _tool("nbdfuse") or _tool("fusermount3")
+
+
+def _fio() -> str | None:
+    return _tool("fio")
+
+
+def _direct() -> str | None:
+    with tempfile.NamedTemporaryFile(dir=SCRATCH, prefix="warmsync-test-") as file:
+        try:
+            os.close(os.open(file.name, os.O_RDWR | os.O_DIRECT))
+        except OSError as error:
+            return f"no O_DIRECT on {SCRATCH}: {error.strerror}"
+    return None
+
+
+def _tool(name: str) -> str | None:
+    return None if shutil.which(name) else f"no {name} installed"
+
+
+_CHECKS = {
+    "root": _root,
+    "loop": _loop,
+    "partitions": _partitions,
+    "zram": _zram,
+    "bpf": _bpf,
+    "nbdkit": _nbdkit,
+    "fio": _fio,
+    f"O_DIRECT on {SCRATCH}": _direct,
+}
+
+
+@cache
+def lacks(capability: str) -> str | None:
+    """Return why this host has no `capability` (a key of `report`), or None if it has."""
+    return _CHECKS[capability]()
+
+
+def report() -> str:
+    """Return one line for the head of the test run."""
+    words = [
+        f"{name} {'yes' if lacks(name) is None else f'NO ({lacks(name)})'}" for name in _CHECKS
+    ]
+    return "host offers: " + ", ".join(words)
