@@ -1,0 +1,232 @@
+"""What a migration is and what is known of it: the values that the ends produce and the doors show.
+
+Owns the words; holds no behaviour beyond small derivations. Sizes in bytes, times in seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from agent.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from agent.errors import WarmsyncError
+
+PROTOCOL_VERSION = 1
+"""Version of what agents say to each other; both ends must have the same."""
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+class Role(StrEnum):
+    """Which end an agent is."""
+
+    SOURCE = "source"
+    TARGET = "target"
+
+
+class Scheme(StrEnum):
+    """Ways to learn of writes."""
+
+    AUTO = "auto"
+    EBPF = "ebpf"
+    QEMU = "qemu"
+    SCAN = "scan"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A range of what a path really is on its host, so that two names of one thing are noticed."""
+
+    device: str
+    start_bytes: int
+    length_bytes: int
+
+    def overlaps(self, other: Identity) -> bool:
+        """Return whether both share a byte."""
+        return (
+            self.device == other.device
+            and self.start_bytes < other.start_bytes + other.length_bytes
+            and other.start_bytes < self.start_bytes + self.length_bytes
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A source device and the target device it is copied to."""
+
+    source: str
+    target: str
+    size_bytes: int = 0
+    block_size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was asked for."""
+
+    id: str
+    peer: str
+    volumes: tuple[Volume, ...]
+    scheme: Scheme = Scheme.AUTO
+    block_size_bytes: int = 4096
+    max_downtime_seconds: float = 0.5
+    limit_bytes_per_second: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DowntimeParts:
+    """Where the downtime went, in seconds."""
+
+    finish_round: float = 0.0
+    source_flush: float = 0.0
+    take: float = 0.0
+    send: float = 0.0
+    target_flush: float = 0.0
+    check: float = 0.0
+    release: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Measurements so far; None where nothing was measured yet."""
+
+    rounds: int = 0
+    sent_bytes: int = 0
+    total_bytes: int = 0
+    round_bytes: int = 0
+    round_done_bytes: int = 0
+    dirty_bytes: int = 0
+    throughput_bytes_per_second: float = 0.0
+    dirty_rate_bytes_per_second: float = 0.0
+    predicted_downtime_seconds: float | None = None
+    downtime_seconds: float | None = None
+    downtime_parts: DowntimeParts = field(default_factory=DowntimeParts)
+    stalled: bool = False
+    advice: str = ""
+    suspect_volumes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A state that was entered; wall-clock time in seconds since the epoch."""
+
+    state: str
+    at_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """A migration at one moment, as one of its ends sees it."""
+
+    plan: Plan
+    role: Role
+    state: str
+    scheme: Scheme | None
+    scheme_reason: str
+    progress: Progress
+    history: tuple[Event, ...]
+    error: WarmsyncError | None = None
+    refusal: WarmsyncError | None = None
+    incomplete: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A range that differs between the two ends although nothing marked it."""
+
+    source: str
+    offset_bytes: int
+    length_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far a comparison of both ends has come, and what it found."""
+
+    compared_bytes: int
+    total_bytes: int
+    pending_bytes: int
+    mismatched_bytes: int
+    mismatches: tuple[Mismatch, ...]
+    done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Since the agent started."""
+
+    migrations_started: int = 0
+    migrations_cut_over: int = 0
+    migrations_failed: int = 0
+    sent_bytes: int = 0
+
+
+def check_id(name: str) -> None:
+    """Raise InvalidArgument unless `name` can be a migration's id."""
+    if not _ID.fullmatch(name):
+        raise InvalidArgument(
+            "INVALID_ID",
+            f"migration id {name!r} is not valid; "
+            "use 1 to 63 letters, digits, '-', '_' or '.', starting with a letter or digit",
+            id=name,
+        )
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise InvalidArgument for what is wrong with a plan whatever the hosts look like."""
+    check_id(plan.id)
+    if not plan.volumes:
+        raise InvalidArgument("NO_VOLUMES", "no volumes given; name at least one SRC:DST")
+    _check_paths(plan.volumes)
+    block = plan.block_size_bytes
+    if block < 4096 or block & (block - 1) or block > 16 << 20:
+        raise InvalidArgument(
+            "INVALID_BLOCK_SIZE",
+            f"block size {block} is not valid; use a power of two from 4096 to 16777216",
+            block_size_bytes=block,
+        )
+    check_budget(plan.max_downtime_seconds)
+    check_limit(plan.limit_bytes_per_second)
+
+
+def check_budget(max_downtime_seconds: float) -> None:
+    """Raise InvalidArgument unless the downtime budget is above zero."""
+    if not 0 < max_downtime_seconds < float("inf"):
+        raise InvalidArgument(
+            "INVALID_BUDGET",
+            f"maximum downtime {max_downtime_seconds:g} s can never be met; "
+            "use a time above zero, such as 500ms",
+            max_downtime_seconds=max_downtime_seconds,
+        )
+
+
+def check_limit(limit_bytes_per_second: int) -> None:
+    """Raise InvalidArgument for a bandwidth limit below zero (0 is none)."""
+    if limit_bytes_per_second < 0:
+        raise InvalidArgument(
+            "INVALID_LIMIT",
+            f"bandwidth limit {limit_bytes_per_second} is below zero; use 0 for no limit",
+            limit_bytes_per_second=limit_bytes_per_second,
+        )
+
+
+def _check_paths(volumes: tuple[Volume, ...]) -> None:
+    for volume in volumes:
+        for path in (volume.source, volume.target):
+            if not path.startswith("/"):
+                raise InvalidArgument(
+                    "INVALID_PATH", f"path {path!r} is not absolute; start it with '/'", path=path
+                )
+    for side in ("source", "target"):
+        paths = [getattr(volume, side) for volume in volumes]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise InvalidArgument(
+                    "DUPLICATE_DEVICE",
+                    f"{side} {path} is named twice in one migration; name each device once",
+                    path=path,
+                )

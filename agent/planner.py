@@ -1,0 +1,75 @@
+"""Cuts a round into batches, each the content of one frame. Pure.
+
+Owns the order and size of what is sent; reads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from agent.extent import Extents, complement, cut, pack, total_bytes
+from native.bitmap import DirtyBitmap
+from native.frame import MAX_PAYLOAD_BYTES
+
+GAP_BYTES = 16 * 1024
+"""Clean gaps up to this are sent too: one longer read and write costs less than two short ones."""
+
+MAX_EXTENTS = 1024
+_HOLE_BYTES = 256 << 20
+_HOLES_A_FRAME = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Extents of one volume for one frame; `hole` if they are known to read as zeros."""
+
+    volume: int
+    extents: Extents
+    size_bytes: int
+    hole: bool
+
+
+def plan_dirty(volume: int, dirty: DirtyBitmap, gap_bytes: int = GAP_BYTES) -> Iterator[Batch]:
+    """Iterate all that is marked, in ascending order."""
+    position = 0
+    while position < dirty.size_bytes:
+        extents, position = dirty.batch(
+            position, gap_bytes=gap_bytes, max_bytes=MAX_PAYLOAD_BYTES, max_extents=MAX_EXTENTS
+        )
+        if extents:
+            yield Batch(volume, extents, total_bytes(extents), hole=False)
+
+
+def plan_seed(
+    volume: int,
+    size_bytes: int,
+    block_size_bytes: int,
+    data: Iterable[tuple[int, int]] | None,
+) -> Iterator[Batch]:
+    """Iterate a whole volume: what may hold `data` (None: anything may), then the holes."""
+    marks = DirtyBitmap(size_bytes, block_size_bytes)
+    if data is None:
+        marks.set_all()
+    else:
+        for offset, length in data:
+            marks.set_range(offset, length)
+    yield from plan_dirty(volume, marks)
+    if data is not None:
+        yield from _plan_holes(volume, complement(marks.extents(), size_bytes))
+
+
+def _plan_holes(volume: int, holes: Iterable[tuple[int, int]]) -> Iterator[Batch]:
+    waiting: list[tuple[int, int]] = []
+    for piece in cut(holes, _HOLE_BYTES):
+        waiting.append(piece)
+        if len(waiting) == _HOLES_A_FRAME:
+            yield _hole_batch(volume, waiting)
+            waiting = []
+    if waiting:
+        yield _hole_batch(volume, waiting)
+
+
+def _hole_batch(volume: int, holes: list[tuple[int, int]]) -> Batch:
+    extents = pack(holes)
+    return Batch(volume, extents, total_bytes(extents), hole=True)
