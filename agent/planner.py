@@ -41,22 +41,10 @@ def plan_dirty(volume: int, dirty: DirtyBitmap, gap_bytes: int = GAP_BYTES) -> I
             yield Batch(volume, extents, total_bytes(extents), hole=False)
 
 
-def plan_seed(
-    volume: int,
-    size_bytes: int,
-    block_size_bytes: int,
-    data: Iterable[tuple[int, int]] | None,
-) -> Iterator[Batch]:
-    """Iterate a whole volume: what may hold `data` (None: anything may), then the holes."""
-    marks = DirtyBitmap(size_bytes, block_size_bytes)
-    if data is None:
-        marks.set_all()
-    else:
-        for offset, length in data:
-            marks.set_range(offset, length)
-    yield from plan_dirty(volume, marks)
-    if data is not None:
-        yield from _plan_holes(volume, complement(marks.extents(), size_bytes))
+def plan_seed(volume: int, data: DirtyBitmap) -> Iterator[Batch]:
+    """Iterate a whole volume: what is marked as data first, then all else, as holes."""
+    yield from plan_dirty(volume, data)
+    yield from _plan_holes(volume, complement(data.extents(), data.size_bytes))
 
 
 def _plan_holes(volume: int, holes: Iterable[tuple[int, int]]) -> Iterator[Batch]:

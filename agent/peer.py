@@ -1,0 +1,56 @@
+"""What a source asks of a target: the protocol that the rpc floor implements over gRPC.
+
+Owns the words of that conversation; sends nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from agent.carrier import Carrier
+from agent.migration import Identity, Volume
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRequest:
+    """What a source says of itself when it opens a session."""
+
+    migration_id: str
+    protocol_version: int
+    boot_id: str
+    volumes: tuple[Volume, ...]
+    source_identities: tuple[tuple[Identity, ...], ...]
+
+
+class Peer(Protocol):
+    """The target's agent, as its source sees it. Every call may raise the domain's errors."""
+
+    @property
+    def address(self) -> str:
+        """Where it is reached."""
+
+    async def open_session(self, request: SessionRequest) -> str:
+        """Claim all target devices, or none; returns the session's token."""
+
+    async def open_carrier(self, token: str) -> Carrier:
+        """Return a carrier for the frames of a session."""
+
+    def digests(self, token: str, volume: int) -> AsyncIterator[tuple[int, bytes]]:
+        """Iterate (offset, digests of the chunks from there on) over a whole target volume."""
+
+    async def release(self, token: str, generation: int) -> None:
+        """Hand the target over: durable, whole, no longer claimed. May be repeated."""
+
+    async def abort(self, token: str, reason: str, *, cancelled: bool) -> None:
+        """Give the session up: the target is released and marked incomplete. May be repeated."""
+
+    async def reclaim(self, token: str) -> None:
+        """Claim the released target again, for a rollback. May be repeated."""
+
+    async def finish(self, token: str) -> None:
+        """Say that nothing will be reclaimed. May be repeated."""
+
+    async def close(self) -> None:
+        """Close the connection."""

@@ -1,0 +1,73 @@
+"""Chooses a tracker by its scheme, and says why."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from agent.errors import FailedPrecondition, InvalidArgument
+from agent.migration import Scheme
+from agent.tracker import Tracker
+from agent.tracker.scan import ScanTracker
+from native.bitmap import fit_block_size
+from native.blockio import BlockDevice
+from native.chunk import CHUNK_BYTES
+
+
+def choose_scheme(scheme: Scheme, devices: list[BlockDevice]) -> tuple[Scheme, str]:
+    """Return the scheme to use for all devices of a migration, and why if it was `auto`.
+
+    `auto` is ebpf if every device is a block device and this host can load the programs.
+    """
+    if scheme is Scheme.QEMU:
+        raise InvalidArgument(
+            "TRACKER_UNAVAILABLE",
+            "tracker qemu is not part of this version; use ebpf for block devices or scan",
+            tracker=scheme,
+        )
+    if scheme is Scheme.SCAN:
+        return scheme, ""
+    files = [device.path for device in devices if not device.is_block_device]
+    if scheme is Scheme.AUTO and files:
+        return Scheme.SCAN, f"{files[0]} is a file, whose writes the block layer does not show"
+    obstacle = ebpf_obstacle()
+    if scheme is Scheme.EBPF:
+        if obstacle:
+            raise FailedPrecondition(
+                "TRACKER_UNAVAILABLE",
+                f"tracker ebpf cannot be used here: {obstacle}; "
+                "run `warmsync doctor` for the mend, or use --tracker scan",
+                tracker=scheme,
+            )
+        return scheme, ""
+    if obstacle:
+        return Scheme.SCAN, f"ebpf cannot be used here: {obstacle}"
+    return Scheme.EBPF, "block devices, and this kernel can run the eBPF programs"
+
+
+def ebpf_obstacle() -> str:
+    """Return why the ebpf tracker cannot work on this host; empty if it can."""
+    if os.geteuid() != 0:
+        return "the agent does not run as root"
+    try:
+        from native.ebpf import check
+    except ImportError as error:
+        return f"this build has no eBPF support ({error})"
+    return check() or ""
+
+
+def fit_block(scheme: Scheme, size_bytes: int, block_size_bytes: int) -> int:
+    """Return the block size to track a volume with: scan marks whole chunks, bitmaps are bounded."""
+    least = max(block_size_bytes, CHUNK_BYTES) if scheme is Scheme.SCAN else block_size_bytes
+    return fit_block_size(size_bytes, least)
+
+
+def make_tracker(
+    scheme: Scheme, device: BlockDevice, block_size_bytes: int, pin_dir: Path
+) -> Tracker:
+    """Return a tracker, not yet started."""
+    if scheme is Scheme.SCAN:
+        return ScanTracker(device)
+    from agent.tracker.ebpf import EbpfTracker
+
+    return EbpfTracker(device, block_size_bytes, pin_dir)

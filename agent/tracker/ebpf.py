@@ -1,0 +1,173 @@
+"""The `ebpf` tracker: the kernel marks completed writes in a bitmap that is shared with us.
+
+Owns the pins under bpffs and the proof that the programs see this device. Design, section 5.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from agent.device import DiskRange, disk_range
+from agent.errors import FailedPrecondition, InvalidArgument
+from agent.tracker import Take
+from native.bitmap import DirtyBitmap
+from native.blockio import BlockDevice
+from native.buffer import AlignedBuffer
+from native.ebpf import KernelTracker, TrackedRange
+
+_PROBE_BYTES = 4096
+_PROBE_SECONDS = 5.0
+_SETTLE_SECONDS = 1.0
+
+
+class EbpfTracker:
+    """Marks kept by programs on the completion of requests and bios."""
+
+    scheme = "ebpf"
+    digests = None
+    looks_cheaply = True
+
+    def __init__(self, device: BlockDevice, block_size_bytes: int, pin_dir: Path) -> None:
+        if not device.is_block_device:
+            raise InvalidArgument(
+                "TRACKER_UNSUITABLE",
+                f"{device.path} is a file, which the ebpf tracker cannot follow; "
+                "use --tracker scan or auto",
+                path=device.path,
+            )
+        self._device = device
+        self._block_size_bytes = block_size_bytes
+        self._pin_dir = pin_dir
+        self._kernel: KernelTracker | None = None
+        self._marks: DirtyBitmap | None = None
+        self._lost = 0
+
+    def start(self) -> None:
+        """Attach, pin, and prove with a read of our own that completions are seen."""
+        disk = disk_range(os.fstat(self._device.fileno()).st_rdev)
+        try:
+            mount_bpffs(self._pin_dir)
+            self._pin_dir.parent.mkdir(parents=True, exist_ok=True)
+            self._kernel = KernelTracker.attach(_watch(disk, self._block_size_bytes), str(self._pin_dir))
+        except OSError as error:
+            raise FailedPrecondition(
+                "TRACKER_FAILED",
+                f"eBPF tracking of {self._device.path} failed: {error.strerror}; "
+                "run `warmsync doctor`, or use --tracker scan",
+                path=self._device.path,
+            ) from error
+        self._marks = DirtyBitmap(
+            self._device.size_bytes(), self._block_size_bytes, words=self._kernel.words
+        )
+        try:
+            self._prove(disk)
+        except BaseException:
+            self.stop()
+            raise
+        self._lost = self._kernel.counters().lost
+
+    def take(self, into: DirtyBitmap) -> Take:
+        """See `agent.tracker.Tracker`."""
+        kernel, marks = self._attached()
+        # The counter first: what is lost after this is noticed by the next take.
+        lost = kernel.counters().lost
+        blocks = marks.take(into)
+        if lost == self._lost:
+            return Take(blocks * marks.block_size_bytes)
+        reason = f"{lost - self._lost} writes of unknown range on {self._device.path}"
+        self._lost = lost
+        into.set_all()
+        return Take(marks.size_bytes, reason)
+
+    def look(self) -> int:
+        """See `agent.tracker.Tracker`."""
+        kernel, marks = self._attached()
+        if kernel.counters().lost != self._lost:
+            return marks.size_bytes
+        return marks.count_bytes()
+
+    def is_marked(self, offset_bytes: int, length_bytes: int) -> bool:
+        """See `agent.tracker.Tracker`."""
+        kernel, marks = self._attached()
+        if kernel.counters().lost != self._lost:
+            return True
+        extents, _ = marks.batch(offset_bytes, max_extents=1)
+        return bool(extents) and extents[0] < offset_bytes + length_bytes
+
+    def stop(self) -> None:
+        """See `agent.tracker.Tracker`."""
+        self._marks = None
+        if self._kernel is not None:
+            self._kernel.destroy()
+            self._kernel = None
+
+    def _attached(self) -> tuple[KernelTracker, DirtyBitmap]:
+        if self._kernel is None or self._marks is None:
+            raise RuntimeError("the tracker is not started")
+        return self._kernel, self._marks
+
+    def _prove(self, disk: DiskRange) -> None:
+        kernel, _ = self._attached()
+        probe = AlignedBuffer(_PROBE_BYTES)
+        deadline = time.monotonic() + _PROBE_SECONDS
+        while not kernel.counters().seen:
+            if time.monotonic() > deadline:
+                raise FailedPrecondition(
+                    "TRACKER_BLIND",
+                    f"the block layer shows no completions of {self._device.path} "
+                    f"(disk {disk.name}); use --tracker scan",
+                    path=self._device.path,
+                )
+            self._device.read(0, probe)
+        if disk.bio_based:
+            _settle(disk)
+
+
+def mount_bpffs(pin_dir: Path) -> None:
+    """Mount bpffs at /sys/fs/bpf if the pins go there and nothing is mounted yet; OSError."""
+    root = Path("/sys/fs/bpf")
+    if not pin_dir.is_relative_to(root) or os.path.ismount(root):
+        return
+    done = subprocess.run(
+        ["mount", "-t", "bpf", "bpf", str(root)], check=False, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise OSError(1, f"mounting bpffs at {root}: {done.stderr.strip()}")
+
+
+def remove_stale_pins(directory: Path) -> list[str]:
+    """Remove pins that an earlier agent of this state directory left behind; return their names."""
+    if not directory.is_dir():
+        return []
+    stale = sorted(path for path in directory.iterdir() if path.is_dir())
+    for pin_dir in stale:
+        for pin in pin_dir.iterdir():
+            pin.unlink()
+        pin_dir.rmdir()
+    return [path.name for path in stale]
+
+
+def _watch(disk: DiskRange, block_size_bytes: int) -> TrackedRange:
+    return TrackedRange(
+        major=disk.major,
+        minor=disk.minor,
+        disk_sequence=disk.disk_sequence,
+        start_sector=disk.start_sector,
+        sector_count=disk.sector_count,
+        block_size_bytes=block_size_bytes,
+        bio_based=disk.bio_based,
+    )
+
+
+def _settle(disk: DiskRange) -> None:
+    """Let bios end that were submitted before the attach: their ranges are not known.
+
+    Only saves a whole round: one that ends later is counted as lost, and all is sent again.
+    """
+    inflight = Path(f"/sys/block/{disk.name}/inflight")
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while time.monotonic() < deadline and any(map(int, inflight.read_text().split())):
+        time.sleep(0.01)

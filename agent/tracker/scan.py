@@ -1,0 +1,91 @@
+"""The `scan` tracker: compares the digest of every chunk with that of what was last sent.
+
+Works on any device or file, at the price of a pass over it for each take. Owns the digest table:
+16 bytes a chunk in lazily backed memory; chunks of zeros cost nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from agent.extent import align, complement, cut
+from agent.tracker import Take
+from native.bitmap import DirtyBitmap
+from native.blockio import BlockDevice
+from native.buffer import BufferPool
+from native.chunk import CHUNK_BYTES, DIGEST_BYTES
+from native.scan import compare, compare_hole
+
+_THREADS = 2
+_SCRATCH_BYTES = 2 << 20
+_SLICE_BYTES = 64 << 20
+
+
+class ScanTracker:
+    """Marks whole chunks whose content is not what was last sent."""
+
+    scheme = "scan"
+    looks_cheaply = False
+
+    def __init__(self, device: BlockDevice) -> None:
+        self._device = device
+        self._size_bytes = device.size_bytes()
+        chunks = -(-self._size_bytes // CHUNK_BYTES)
+        # Private, so that a page that is only read stays the shared zero page.
+        self._table = mmap.mmap(-1, chunks * DIGEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    @property
+    def digests(self) -> mmap.mmap:
+        """The table; entries are set as chunks are read for sending."""
+        return self._table
+
+    def start(self) -> None:
+        """Nothing to attach: what is sent later than this is compared with the table."""
+
+    def take(self, into: DirtyBitmap) -> Take:
+        """See `agent.tracker.Tracker`. One pass over the device."""
+        return Take(self._pass(into))
+
+    def look(self) -> int:
+        """See `agent.tracker.Tracker`. One pass over the device."""
+        return self._pass(DirtyBitmap(self._size_bytes, CHUNK_BYTES))
+
+    def is_marked(self, offset_bytes: int, length_bytes: int) -> bool:
+        """See `agent.tracker.Tracker`. Reads the chunk again."""
+        first = offset_bytes - offset_bytes % CHUNK_BYTES
+        last = min(-(-(offset_bytes + length_bytes) // CHUNK_BYTES) * CHUNK_BYTES, self._size_bytes)
+        marks = DirtyBitmap(self._size_bytes, CHUNK_BYTES)
+        with self._pool() as pool:
+            return self._compare(pool, first, last - first, marks) > 0
+
+    def stop(self) -> None:
+        """Drop the table's memory."""
+        if not self._table.closed:
+            self._table.close()
+
+    def _pool(self) -> BufferPool:
+        return BufferPool(_SCRATCH_BYTES, _THREADS)
+
+    def _pass(self, into: DirtyBitmap) -> int:
+        data = self._device.data_extents()
+        whole = [(0, self._size_bytes)] if data is None else list(data)
+        ranges = list(align(whole, CHUNK_BYTES, self._size_bytes))
+        with self._pool() as pool, ThreadPoolExecutor(_THREADS) as threads:
+            jobs = [
+                threads.submit(self._compare, pool, offset, length, into)
+                for offset, length in cut(ranges, _SLICE_BYTES)
+            ]
+            holes = self._compare_holes(complement(ranges, self._size_bytes), into)
+            return holes + sum(job.result() for job in jobs)
+
+    def _compare(self, pool: BufferPool, offset: int, length: int, into: DirtyBitmap) -> int:
+        with pool.lease() as scratch:
+            return compare(self._device, offset, length, scratch, self._table, into)
+
+    def _compare_holes(self, holes: Iterator[tuple[int, int]], into: DirtyBitmap) -> int:
+        return sum(
+            compare_hole(offset, length, self._size_bytes, self._table, into)
+            for offset, length in holes
+        )
