@@ -39,3 +39,8 @@ cdef class DirtyBitmap:
     cdef bint is_shared
     cdef Py_ssize_t[1] shape
     cdef Py_ssize_t[1] strides
+    cdef int share(self, object words) except -1
+    cdef int check_range(self, object offset, object length) except -1
+    cdef int check_same(self, DirtyBitmap other) except -1
+    cdef uint64_t to_blocks(self, str name, object value, object least) except? 0
+    cdef tuple collect(self, object start_bytes, const ws_run_limits *limits)

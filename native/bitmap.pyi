@@ -14,7 +14,11 @@ class DirtyBitmap:
 
     Memory is anonymous (untouched pages cost nothing), or `words`: a writable, 8-byte aligned
     buffer of at least ceil(blocks / 64) words, such as the kernel's map, which is then shared.
-    Exports its words as a writable buffer of unsigned 64-bit items (format "Q").
+    Exports its words as a writable buffer of unsigned 64-bit items (format "Q"). Bits past the
+    last block are never set here and, if another sets them, never believed.
+
+    Thread-safe: each word is read and changed atomically, but an operation on many words is not
+    atomic as a whole. All of them release the GIL.
 
     Raises ValueError for a size below 1, a block size that is not a power of two of at least 512,
     or a buffer that is too small, read-only or misaligned; MemoryError.
@@ -34,15 +38,18 @@ class DirtyBitmap:
     def clear_range(self, offset_bytes: int, length_bytes: int) -> None:
         """Clear each block that lies wholly in the range (a last short block counts as whole)."""
     def set_all(self) -> None: ...
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        """Clear every block. A mark set meanwhile may be lost: to keep it, take."""
     def take(self, into: DirtyBitmap) -> int:
         """Exchange each word for 0 atomically and OR it into `into` (same geometry).
 
         Returns the number of blocks taken (marked here, whether or not already in `into`).
         A concurrent set_range, or the kernel's, lands either in this take or in the next.
         """
-    def merge(self, other: DirtyBitmap) -> None: ...
-    def subtract(self, other: DirtyBitmap) -> None: ...
+    def merge(self, other: DirtyBitmap) -> None:
+        """Mark here what is marked in `other` (same geometry, else ValueError; as for take)."""
+    def subtract(self, other: DirtyBitmap) -> None:
+        """Clear here what is marked in `other`."""
     def count(self) -> int:
         """Return the number of marked blocks."""
     def count_bytes(self) -> int:
@@ -60,13 +67,18 @@ class DirtyBitmap:
 
         Returns a flat array("Q") of offset, length pairs (ascending, not overlapping, together at
         most `max_bytes` and `max_extents` long) and the byte to go on from: `size_bytes` at the
-        end. Clean gaps of at most `gap_bytes` between two runs are included. A run is cut where
-        `max_bytes` is full; cuts fall on multiples of the block size.
+        end. Clean gaps of at most `gap_bytes` between two runs are included, where a block behind
+        the gap still fits; no extent starts or ends in a gap. A run is cut where `max_bytes` is
+        full; cuts fall on multiples of the block size. ValueError if `start_bytes` is not a
+        multiple of the block size, `max_bytes` less than a block or `max_extents` less than 1.
         """
     def extents(
         self, *, gap_bytes: int = 0, max_length_bytes: int = 0
     ) -> Iterator[tuple[int, int]]:
-        """Iterate all runs as (offset, length), longest `max_length_bytes` (0: no limit)."""
+        """Iterate all runs as (offset, length), longest `max_length_bytes` (0: no limit).
+
+        Gaps as in `batch`.
+        """
     def dumps(self) -> bytes:
         """Serialise with geometry, version and an XXH3-128 checksum."""
     @classmethod

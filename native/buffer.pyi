@@ -18,7 +18,10 @@ class AlignedBuffer(Buffer):
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Lease:
-    """A buffer on loan, given back at the end of the `with` block."""
+    """A buffer on loan, given back at the end of the `with` block, or when the lease is dropped.
+
+    If a view of the buffer is then still alive, its memory is not lent again.
+    """
 
     def __enter__(self) -> AlignedBuffer: ...
     def __exit__(
@@ -32,11 +35,14 @@ class Lease:
 class BufferPool:
     """At most `count` buffers of `size_bytes`, made when first needed and used again.
 
-    Thread-safe. `lease()` waits (without the GIL) while all are out; RuntimeError once closed.
+    Thread-safe. `lease()` waits (without the GIL) while all are out; RuntimeError once closed,
+    also for those who wait. Raises ValueError for a size or count below 1.
     """
 
     def __init__(self, size_bytes: int, count: int) -> None: ...
     @property
-    def outstanding(self) -> int: ...
+    def outstanding(self) -> int:
+        """Return how many buffers are on loan."""
     def lease(self) -> Lease: ...
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free the buffers, wake all who wait. What is on loan is freed when it comes back."""
