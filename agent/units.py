@@ -22,7 +22,9 @@ def parse_size(text: str) -> int:
     """Return the bytes in "4096", "512MiB" or "10G". Raises InvalidArgument (INVALID_SIZE)."""
     size = _parse_bytes(text)
     if size is None:
-        raise InvalidArgument("INVALID_SIZE", f"{text!r} is not a size: {_SIZE_FORMS}", size=text)
+        raise InvalidArgument(
+            "INVALID_SIZE", f"{_quote(text)} is not a size: {_SIZE_FORMS}", size=text
+        )
     return size
 
 
@@ -31,7 +33,9 @@ def parse_rate(text: str) -> int:
     rate = _parse_bytes(text[:-2] if text.lower().endswith("/s") else text)
     if rate is None:
         raise InvalidArgument(
-            "INVALID_RATE", f"{text!r} is not a rate: {_SIZE_FORMS}, for one second", rate=text
+            "INVALID_RATE",
+            f"{_quote(text)} is not a rate: {_SIZE_FORMS}, for one second",
+            rate=text,
         )
     return rate
 
@@ -47,7 +51,7 @@ def parse_duration(text: str) -> float:
     if match is None:
         raise InvalidArgument(
             "INVALID_DURATION",
-            f"{text!r} is not a duration: give a number and one of us, ms, s, m, h, d, "
+            f"{_quote(text)} is not a duration: give a number and one of us, ms, s, m, h, d, "
             "such as 500ms, 2.5s or 10m",
             duration=text,
         )
@@ -83,6 +87,11 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _quote(text: str) -> str:
+    """Return what was given, fit for one line of a message."""
+    return repr(text) if len(text) <= 40 else f"{text[:40]!r}..."
 
 
 def _parse_bytes(text: str) -> int | None:
