@@ -106,17 +106,22 @@ def io_error(side: str, error: OSError) -> WarmsyncError:
 
 def users_of(path: str) -> str:
     """Return who holds a path, as far as the kernel tells."""
+    return ", ".join(known_users(path)) or "held by another process"
+
+
+def known_users(path: str) -> list[str]:
+    """Return the mounts, holders and busy partitions of a path; opens nothing."""
     real = os.path.realpath(path)
     try:
         status = os.stat(real)
     except OSError:
-        return "held by another process"
+        return []
     users = [f"mounted at {point}" for point in _mount_points(status)]
     if stat.S_ISBLK(status.st_mode):
         system = _SYS_BLOCK / f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
         users += [f"held by {holder.name}" for holder in system.glob("holders/*")]
         users += [f"partition {name}" for name in _busy_partitions(system)]
-    return ", ".join(users) or "held by another process"
+    return users
 
 
 def identities(path: str) -> tuple[Identity, ...]:
