@@ -1,7 +1,9 @@
 """Dirty bitmaps: one bit a block, set and taken atomically."""
 
 from array import array
-from collections.abc import Buffer, Iterator
+from collections.abc import Iterator
+
+from typing_extensions import Buffer
 
 MAX_BITMAP_BYTES: int
 """A volume's bitmap is kept within this (32 MiB)."""

@@ -1,7 +1,8 @@
 """Page-aligned memory for direct I/O, pooled."""
 
-from collections.abc import Buffer
 from types import TracebackType
+
+from typing_extensions import Buffer
 
 class AlignedBuffer(Buffer):
     """`size_bytes` of zeroed, writable memory at an address that is a multiple of 4096.

@@ -1,6 +1,6 @@
 """Zero test and XXH3-128 digests of a buffer's chunks, with run-time CPU dispatch."""
 
-from collections.abc import Buffer
+from typing_extensions import Buffer
 
 CHUNK_BYTES: int
 DIGEST_BYTES: int
@@ -11,7 +11,7 @@ def is_zero(data: Buffer) -> bool:
     """Return whether every byte is 0 (True for an empty buffer)."""
 
 def digests(data: Buffer, chunk_bytes: int = ...) -> bytes:
-    """Return 16 bytes a chunk: XXH3-128 (canonical, big endian) or ZERO_DIGEST where all bytes are 0.
+    """Return 16 bytes a chunk: XXH3-128 (canonical, big endian) or ZERO_DIGEST where it is zeros.
 
     The last chunk may be short. One pass over the data, without the GIL.
     Equal to `xxhash.xxh3_128_digest(chunk)` for each chunk that is not zero.
