@@ -9,13 +9,16 @@ from __future__ import annotations
 import grpc.aio
 
 from agent.address import parse_address, require_secure
-from agent.rpc.tls import TlsFiles, channel_credentials
+from agent.config import TlsConfig
+from agent.rpc.tls import channel_credentials
 
 # Frames carry up to 1 MiB, answers up to 1 MiB of digests: 4 MiB leaves room and bounds memory.
 MAX_MESSAGE_BYTES = 4 << 20
 # A peer that does not answer a ping is gone: noticed within the sum of the two.
 KEEPALIVE_TIME_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 10_000
+
+NO_TLS = TlsConfig()
 
 Options = list[tuple[str, int | str]]
 
@@ -41,14 +44,14 @@ CLIENT_OPTIONS: Options = [
 ]
 
 
-def open_channel(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
+def open_channel(address: str, tls: TlsConfig = NO_TLS) -> grpc.aio.Channel:
     """Return a channel to `HOST:PORT` or `unix:PATH`; nothing is connected before the first call.
 
     Raises InvalidArgument: BAD_ADDRESS, BAD_CERTIFICATE, or INSECURE_ADDRESS for an address beyond
     this host without TLS. Close the channel with `await channel.close()`.
     """
     target = parse_address(address)
-    require_secure(target, tls=tls is not None)
-    if tls is None:
+    require_secure(target, tls=tls.is_on)
+    if not tls.is_on:
         return grpc.aio.insecure_channel(str(target), options=CLIENT_OPTIONS)
     return grpc.aio.secure_channel(str(target), channel_credentials(tls), options=CLIENT_OPTIONS)

@@ -17,11 +17,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from agent.address import Address, parse_address, require_secure
+from agent.config import TlsConfig
 from agent.errors import FailedPrecondition
 from agent.rpc import listening
-from agent.rpc.client import KEEPALIVE_TIME_MS, SHARED_OPTIONS, Options
+from agent.rpc.client import KEEPALIVE_TIME_MS, NO_TLS, SHARED_OPTIONS, Options
 from agent.rpc.errors import ErrorInterceptor
-from agent.rpc.tls import TlsFiles, server_credentials
+from agent.rpc.tls import server_credentials
 
 SERVER_OPTIONS: Options = [
     *SHARED_OPTIONS,
@@ -68,7 +69,7 @@ class AgentServer:
 
 
 async def start_server(
-    listen: str, services: Sequence[Service], tls: TlsFiles | None = None
+    listen: str, services: Sequence[Service], tls: TlsConfig = NO_TLS
 ) -> AgentServer:
     """Serve at `HOST:PORT` or `unix:PATH` (mode 0600) until stopped.
 
@@ -76,8 +77,8 @@ async def start_server(
     ADDRESS_IN_USE; NotAllowed LISTEN_NOT_PERMITTED.
     """
     address = parse_address(listen)
-    require_secure(address, tls=tls is not None)
-    credentials = None if tls is None else server_credentials(tls)
+    require_secure(address, tls=tls.is_on)
+    credentials = server_credentials(tls) if tls.is_on else None
     server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
     monitor = await _add_services(server, services)
     port = _bind(server, address, credentials)

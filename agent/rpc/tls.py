@@ -7,41 +7,32 @@ only tells that a handshake failed. Both ends always show a certificate and chec
 from __future__ import annotations
 
 import ssl
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
+from agent.config import TlsConfig
 from agent.errors import InvalidArgument
 
 
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """PEM files: this agent's certificate (with its chain), its key, and the authority's."""
-
-    cert: Path
-    key: Path
-    ca: Path
-
-
-def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
+def server_credentials(files: TlsConfig) -> grpc.ServerCredentials:
     """Return credentials that also demand a certificate of the client. InvalidArgument."""
     cert, key, ca = _load(files)
     return grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=True)
 
 
-def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
+def channel_credentials(files: TlsConfig) -> grpc.ChannelCredentials:
     """Return the client's credentials. InvalidArgument BAD_CERTIFICATE."""
     cert, key, ca = _load(files)
     return grpc.ssl_channel_credentials(ca, key, cert)
 
 
-def check_files(files: TlsFiles) -> None:
+def check_files(files: TlsConfig) -> None:
     """Raise InvalidArgument BAD_CERTIFICATE, naming the file, if these cannot work."""
     _load(files)
 
 
-def _load(files: TlsFiles) -> tuple[bytes, bytes, bytes]:
+def _load(files: TlsConfig) -> tuple[bytes, bytes, bytes]:
     cert, key, ca = _read(files.cert), _read(files.key), _read(files.ca)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _try_authority(context, files.ca)
@@ -54,34 +45,34 @@ def _load(files: TlsFiles) -> tuple[bytes, bytes, bytes]:
     return cert, key, ca
 
 
-def _read(path: Path) -> bytes:
+def _read(path: str) -> bytes:
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise _bad(
             path, f"cannot be read ({error.strerror}): give the path of a PEM file"
         ) from error
 
 
-def _try_authority(context: ssl.SSLContext, path: Path) -> None:
+def _try_authority(context: ssl.SSLContext, path: str) -> None:
     try:
         context.load_verify_locations(path)
     except ssl.SSLError as error:
         raise _bad(path, "holds no certificate: give the authority's, in PEM") from error
 
 
-def _try_certificate(path: Path) -> None:
+def _try_certificate(path: str) -> None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except ssl.SSLError as error:
         raise _bad(path, "holds no certificate: give this agent's, in PEM") from error
 
 
-def _bad_key(files: TlsFiles, error: Exception) -> InvalidArgument:
+def _bad_key(files: TlsConfig, error: Exception) -> InvalidArgument:
     if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
         return _bad(files.key, f"is not the key of {files.cert}: give the pair made together")
     return _bad(files.key, "holds no private key without a password: give one, in PEM")
 
 
-def _bad(path: Path, what: str) -> InvalidArgument:
+def _bad(path: str, what: str) -> InvalidArgument:
     return InvalidArgument("BAD_CERTIFICATE", f"{path} {what}", file=path)

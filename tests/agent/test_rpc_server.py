@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import ssl
 import stat
@@ -18,6 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from warmsync.v1 import host_service_pb2, host_service_pb2_grpc
 
 from agent.address import parse_address
+from agent.config import TlsConfig
 from agent.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -25,10 +27,10 @@ from agent.errors import (
     Unavailable,
     WarmsyncError,
 )
-from agent.rpc.client import open_channel
+from agent.rpc.client import NO_TLS, open_channel
 from agent.rpc.errors import calling
 from agent.rpc.server import AgentServer, Service, start_server
-from agent.rpc.tls import TlsFiles, check_files
+from agent.rpc.tls import check_files
 from tests.agent.rpc_helpers import run
 
 NAME = "warmsync.v1.HostService"
@@ -47,9 +49,7 @@ def register(server: Any) -> None:
 
 
 @asynccontextmanager
-async def agent(
-    listen: str = "127.0.0.1:0", tls: TlsFiles | None = None
-) -> AsyncIterator[AgentServer]:
+async def agent(listen: str = "127.0.0.1:0", tls: TlsConfig = NO_TLS) -> AsyncIterator[AgentServer]:
     server = await start_server(listen, [Service(NAME, register)], tls)
     try:
         yield server
@@ -57,7 +57,7 @@ async def agent(
         await server.stop(0)
 
 
-async def hostname(address: str, tls: TlsFiles | None = None) -> str:
+async def hostname(address: str, tls: TlsConfig = NO_TLS) -> str:
     request = host_service_pb2.GetHostRequest()
     async with open_channel(address, tls) as channel:
         with calling(address):
@@ -70,13 +70,13 @@ def authority(tmp_path: Path) -> trustme.CA:
     return trustme.CA()
 
 
-def issue(authority: trustme.CA, directory: Path, name: str, *hosts: str) -> TlsFiles:
+def issue(authority: trustme.CA, directory: Path, name: str, *hosts: str) -> TlsConfig:
     cert = authority.issue_cert(*hosts)
-    files = TlsFiles(*(directory / f"{name}.{kind}" for kind in ("cert", "key", "ca")))
-    files.cert.write_bytes(b"".join(pem.bytes() for pem in cert.cert_chain_pems))
-    files.key.write_bytes(cert.private_key_pem.bytes())
-    files.ca.write_bytes(authority.cert_pem.bytes())
-    return files
+    files = {kind: directory / f"{name}.{kind}" for kind in ("cert", "key", "ca")}
+    files["cert"].write_bytes(b"".join(pem.bytes() for pem in cert.cert_chain_pems))
+    files["key"].write_bytes(cert.private_key_pem.bytes())
+    files["ca"].write_bytes(authority.cert_pem.bytes())
+    return TlsConfig(**{kind: str(path) for kind, path in files.items()})
 
 
 def test_calls_and_errors_arrive() -> None:
@@ -151,9 +151,9 @@ def test_tls_refusals(tmp_path: Path, authority: trustme.CA) -> None:
     files = issue(authority, tmp_path, "server", "127.0.0.1")
     named = issue(authority, tmp_path, "named", "elsewhere.example")
     foreign = issue(trustme.CA(), tmp_path, "foreign", "127.0.0.1")
-    half = TlsFiles(cert=foreign.cert, key=foreign.key, ca=files.ca)
+    half = TlsConfig(cert=foreign.cert, key=foreign.key, ca=files.ca)
 
-    async def refused(address: str, tls: TlsFiles | None) -> WarmsyncError:
+    async def refused(address: str, tls: TlsConfig) -> WarmsyncError:
         with pytest.raises(Unavailable) as caught:
             await hostname(address, tls)
         return caught.value
@@ -164,7 +164,7 @@ def test_tls_refusals(tmp_path: Path, authority: trustme.CA) -> None:
             return [
                 await refused(address, foreign),  # distrusts the server
                 await refused(address, half),  # trusts it, but is not trusted
-                await refused(address, None),  # plain client, TLS server
+                await refused(address, NO_TLS),  # plain client, TLS server
                 await refused(str(plain.address), files),  # TLS client, plain server
                 await refused(str(wrong.address), files),  # another name in the certificate
             ]
@@ -203,20 +203,20 @@ def test_a_client_without_a_certificate_is_refused(tmp_path: Path, authority: tr
 @pytest.mark.parametrize(
     ("damage", "file", "text"),
     [
-        (lambda f: f.cert.unlink(), "server.cert", "cannot be read"),
-        (lambda f: f.cert.write_text("hello"), "server.cert", "holds no certificate"),
-        (lambda f: f.ca.write_text(""), "server.ca", "holds no certificate"),
-        (lambda f: f.key.write_text("hello"), "server.key", "holds no private key"),
-        (lambda f: f.cert.write_bytes(f.ca.read_bytes()), "server.key", "is not the key of"),
-        (lambda f: (f.ca.unlink(), f.ca.mkdir()), "server.ca", "cannot be read"),
+        (lambda d: (d / "s.cert").unlink(), "s.cert", "cannot be read"),
+        (lambda d: (d / "s.cert").write_text("hello"), "s.cert", "holds no certificate"),
+        (lambda d: (d / "s.ca").write_text(""), "s.ca", "holds no certificate"),
+        (lambda d: (d / "s.key").write_text("hello"), "s.key", "holds no private key"),
+        (lambda d: shutil.copy(d / "s.ca", d / "s.cert"), "s.key", "is not the key of"),
+        (lambda d: ((d / "s.ca").unlink(), (d / "s.ca").mkdir()), "s.ca", "cannot be read"),
     ],
 )
 def test_bad_certificate_files(
     tmp_path: Path, authority: trustme.CA, damage: Any, file: str, text: str
 ) -> None:
-    files = issue(authority, tmp_path, "server", "localhost")
+    files = issue(authority, tmp_path, "s", "localhost")
     check_files(files)
-    damage(files)
+    damage(tmp_path)
     with pytest.raises(InvalidArgument, match=text) as caught:
         check_files(files)
     assert caught.value.reason == "BAD_CERTIFICATE"
