@@ -20,13 +20,14 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 SANITIZE = os.environ.get("WARMSYNC_SANITIZE") == "1"
 CHUNK = ["chunk_impl.c", "chunk_portable.c", "chunk_avx2.c", "chunk_avx512.c"]
+BLOCKIO = ["blockio_impl.c", "blockio_zero.c"]
 KERNELS = {
     "bitmap": ["bitmap_impl.c", "bitmap_runs.c", *CHUNK],
     "chunk": CHUNK,
     "buffer": ["buffer_impl.c"],
-    "blockio": ["blockio_impl.c"],
-    "frame": ["frame_impl.c", "blockio_impl.c", *CHUNK],
-    "scan": ["scan_impl.c", "bitmap_impl.c", "blockio_impl.c", *CHUNK],
+    "blockio": ["blockio_open.c", "blockio_data.c", *BLOCKIO],
+    "frame": ["frame_impl.c", "frame_check.c", *BLOCKIO, *CHUNK],
+    "scan": ["scan_impl.c", "bitmap_impl.c", *BLOCKIO, *CHUNK],
 }
 C_FLAGS = ["-std=gnu11", "-O3", "-g1", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 # Cython's own output, not ours, trips these.
