@@ -11,13 +11,12 @@ And what went wrong lately may do so again: the worst recent miss is added to wh
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass
 
 OPENING_PENALTY = 4.0
 """Scattered blocks are taken to go this much slower than the opening round, until measured."""
-OPENING_WEIGHT = 0.05
+OPENING_WEIGHT = 0.01
 KEPT_A_SIZE = 4
 """Rounds remembered of each size class; a class spans a factor of four."""
 RECENT = 4
@@ -26,9 +25,12 @@ RESEMBLES = 8
 """A round says something of another if it is at most this many times larger ..."""
 RESEMBLES_FLOOR_BYTES = 1 << 20
 """... or below this times RESEMBLES, where size hardly matters."""
-HALF_LIFE_SECONDS = 120.0
-STALE_WEIGHT = 0.1
+FADING = 0.85
+"""Weight of a round against the one after it."""
+LEAST_WEIGHT = 0.1
 """An old round weighs at least this: more than the opening, whose pattern is another."""
+STALE_WEIGHT = 0.01
+"""Rounds from before a bandwidth limit was lifted."""
 UNMEASURED_BYTES_PER_SECOND = 64 << 20
 """Assumed (and then penalised) where the opening moved next to nothing, as on an empty device."""
 MIN_SECONDS = 1e-4
@@ -36,6 +38,7 @@ MIN_SECONDS = 1e-4
 MOSTLY_HOLES = 8
 """A round that sent less than its dirty bytes by this factor was holes or zeros: no measurement."""
 MAX_MISS_GROWTH = 4.0
+FIT_PASSES = 6
 FASTEST_BYTES_PER_SECOND = 1e12
 SLOWEST_BYTES_PER_SECOND = 1024.0
 
@@ -48,7 +51,6 @@ class Sample:
     sent_bytes: int
     send_seconds: float
     flush_seconds: float
-    at_seconds: float
 
     @property
     def is_measurement(self) -> bool:
@@ -80,14 +82,16 @@ class Weighted:
 class Estimate:
     """What the rounds so far say of the next one."""
 
-    __slots__ = ("_by_size", "_limit", "_opening", "_recent", "_stale_before")
+    __slots__ = ("_by_size", "_limit", "_line", "_opening", "_recent", "_rounds", "_stale_rounds")
 
     def __init__(self, limit_bytes_per_second: float | None = None) -> None:
         self._opening: Sample | None = None
-        self._by_size: dict[int, deque[Sample]] = {}
+        self._by_size: dict[int, deque[tuple[int, Sample]]] = {}
         self._recent: deque[Sample] = deque(maxlen=RECENT)
         self._limit = limit_bytes_per_second
-        self._stale_before = float("-inf")
+        self._line: Line | None = None
+        self._rounds = 0
+        self._stale_rounds = 0
 
     @property
     def is_empty(self) -> bool:
@@ -96,25 +100,34 @@ class Estimate:
 
     def record(self, sample: Sample) -> None:
         """Learn from a finished round. The first one counts as the opening."""
+        self._line = None
         if self._opening is None:
             self._opening = sample
             return
+        self._rounds += 1
         self._recent.append(sample)
         if sample.is_measurement:
             size_class = sample.dirty_bytes.bit_length() // 2
-            self._by_size.setdefault(size_class, deque(maxlen=KEPT_A_SIZE)).append(sample)
+            self._by_size.setdefault(size_class, deque(maxlen=KEPT_A_SIZE)).append(
+                (self._rounds, sample)
+            )
 
     def change_limit(self, limit_bytes_per_second: float | None) -> None:
         """Cap the throughput from now on. Where the cap was lifted, older rounds count little."""
         old, new = self._limit or float("inf"), limit_bytes_per_second or float("inf")
-        if new > old and self._recent:
-            self._stale_before = self._recent[-1].at_seconds
+        if new > old:
+            self._stale_rounds = self._rounds
             self._recent.clear()
         self._limit = limit_bytes_per_second
+        self._line = None
 
     def line(self) -> Line:
         """Return the fit, within the limit."""
-        line = _fit(self._weighted())
+        if self._line is None:
+            self._line = self._cap(_fit(self._weighted()))
+        return self._line
+
+    def _cap(self, line: Line) -> Line:
         slowest = 1 / SLOWEST_BYTES_PER_SECOND
         per_byte = min(max(line.seconds_per_byte, 1 / FASTEST_BYTES_PER_SECOND), slowest)
         if self._limit:
@@ -149,21 +162,16 @@ class Estimate:
         return [sample for sample in self._recent if sample.dirty_bytes <= largest]
 
     def _weighted(self) -> list[Weighted]:
-        samples = [sample for kept in self._by_size.values() for sample in kept]
-        newest = max((sample.at_seconds for sample in samples), default=0.0)
-        return [
-            self._prior(),
-            *(
-                Weighted(sample.dirty_bytes, sample.send_seconds, self._weight(sample, newest))
-                for sample in samples
-            ),
+        return [self._prior()] + [
+            Weighted(sample.dirty_bytes, sample.send_seconds, self._weight(number))
+            for kept in self._by_size.values()
+            for number, sample in kept
         ]
 
-    def _weight(self, sample: Sample, newest_seconds: float) -> float:
-        if sample.at_seconds <= self._stale_before:
+    def _weight(self, number: int) -> float:
+        if number <= self._stale_rounds:
             return STALE_WEIGHT
-        halvings = (newest_seconds - sample.at_seconds) / HALF_LIFE_SECONDS
-        return max(math.exp2(-halvings), STALE_WEIGHT)
+        return max(FADING ** (self._rounds - number), LEAST_WEIGHT)
 
     def _prior(self) -> Weighted:
         """Return what is believed before anything like the last round was seen."""
@@ -186,10 +194,23 @@ def _within(value: float, lowest: float, highest: float) -> float:
 
 
 def _fit(samples: list[Weighted]) -> Line:
-    """Fit a line by least squares of the *relative* errors, so that each size has its say."""
+    """Fit a line by the errors relative to it, so that rounds of each size have their say.
+
+    Least squares, weighted anew by the fit of the pass before: relative to what is *predicted*
+    (gamma regression). Relative to what was measured, a round that took 50 times as long as
+    predicted would count for no more than one that took twice as long.
+    """
+    line = _solve(samples, [sample.seconds for sample in samples])
+    for _ in range(FIT_PASSES):
+        line = _solve(samples, [line.at(sample.size_bytes) for sample in samples])
+    return line
+
+
+def _solve(samples: list[Weighted], scales: list[float]) -> Line:
+    """Return the least squares line, each error divided by its scale; neither part below 0."""
     n = x = y = xx = xy = 0.0
-    for sample in samples:
-        weight = sample.weight / max(sample.seconds, MIN_SECONDS) ** 2
+    for sample, scale in zip(samples, scales, strict=True):
+        weight = sample.weight / max(scale, MIN_SECONDS) ** 2
         n += weight
         x += weight * sample.size_bytes
         y += weight * sample.seconds

@@ -15,8 +15,8 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from agent.errors import InvalidArgument
 from agent.estimate import Estimate, Sample
+from agent.migration import check_budget
 from agent.units import format_bytes, format_rate, format_seconds
 
 LOOKS_TO_CONVERGE = 2
@@ -88,12 +88,14 @@ class Convergence:
         limit_bytes_per_second: float | None = None,
         fixed_seconds: float = 0.0,
     ) -> None:
-        self._budget = _check_budget(max_downtime_seconds)
+        check_budget(max_downtime_seconds)
+        self._budget = max_downtime_seconds
         self._limit = limit_bytes_per_second
         self._extra_seconds = fixed_seconds
         self._estimate = Estimate(limit_bytes_per_second)
         self._takes: deque[float] = deque(maxlen=RECENT_TAKES)
         self._rate: float | None = None
+        self._last_rate = 0.0
         self._looked_at: float | None = None
         self.restart()
 
@@ -102,10 +104,12 @@ class Convergence:
         self._left: int | None = None
         self._streak = 0
         self._slow = 0
+        self._shrinks = False
 
     def change_budget(self, max_downtime_seconds: float) -> None:
         """Set another budget; it counts from the next look on. Raises like the constructor."""
-        self._budget = _check_budget(max_downtime_seconds)
+        check_budget(max_downtime_seconds)
+        self._budget = max_downtime_seconds
 
     def change_limit(self, limit_bytes_per_second: float | None) -> None:
         """Set another bandwidth limit, or none; it counts from the next look on."""
@@ -113,14 +117,16 @@ class Convergence:
         self._estimate.change_limit(limit_bytes_per_second)
 
     def record(self, report: RoundReport) -> None:
-        """Learn from a finished round (made durable). The first one counts as the opening."""
+        """Learn from a finished round (made durable). The first one counts as the opening.
+
+        Leave out rounds that were interrupted (paused, retried): their times are not the link's.
+        """
         self._estimate.record(
             Sample(
                 max(report.dirty_bytes, 0),
                 max(report.sent_bytes, 0),
                 max(report.send_seconds, 0.0),
                 max(report.flush_seconds, 0.0),
-                report.finished_seconds,
             )
         )
 
@@ -161,7 +167,7 @@ class Convergence:
         """Return how long to wait before the next take; a cutover must cut the wait short.
 
         Takes are at least MIN_CYCLE_SECONDS apart, so that small rounds do not spin. Within
-        budget they come as late as they may: when what gathers would use up PACE of the budget.
+        budget they come as late as they may: when what gathers could use up PACE of the budget.
         """
         if self._looked_at is None:
             return 0.0
@@ -173,7 +179,7 @@ class Convergence:
     def _note_rate(self, dirty_bytes: int, since_seconds: float) -> None:
         if since_seconds <= 0:
             return
-        rate = dirty_bytes / since_seconds
+        self._last_rate = rate = dirty_bytes / since_seconds
         memory = 0.0 if self._rate is None else math.exp(-since_seconds / RATE_MEMORY_SECONDS)
         self._rate = rate + ((self._rate or 0.0) - rate) * memory
 
@@ -202,16 +208,19 @@ class Convergence:
         return 1 / self._estimate.line().seconds_per_byte
 
     def _affordable_seconds(self) -> float:
-        """Return how long the guest may write before what gathers uses up PACE of the budget."""
+        """Return how long the guest may write before what gathers uses up PACE of the budget.
+
+        A guest may wake up at any moment: it is taken to write at least as fast as can be sent.
+        """
         idle = self._fixed_seconds() + self._variable_seconds(0)
-        spare = PACE * self._budget - idle
-        if not self._rate:
-            return math.inf if spare > 0 else 0.0
-        return spare * self._throughput() / self._rate
+        spare = max(PACE * self._budget - idle, 0.0)
+        rate = max(self._rate or 0.0, self._last_rate, self._throughput())
+        return spare * self._throughput() / rate
 
     def _count(self, dirty_bytes: int, within: bool) -> None:
         slow = not within and self._left is not None and dirty_bytes * 2 > self._left
         self._slow = self._slow + 1 if slow else 0
+        self._shrinks = self._left is not None and dirty_bytes < self._left
         self._streak = self._streak + 1 if within else 0
         self._left = dirty_bytes
 
@@ -220,28 +229,18 @@ class Convergence:
         rates = f"the guest dirties {format_rate(rate)}, {format_rate(throughput)} can be sent"
         if self._limit:
             rates += f" (limit {format_rate(self._limit)})"
-        budget = format_seconds(self._budget)
+        budget, predicted = format_seconds(self._budget), format_seconds(predicted_seconds)
         if fixed_seconds >= self._budget:
             return (
-                f"stalled: the cutover takes {format_seconds(fixed_seconds)} even with nothing "
-                f"left, the budget is {budget} ({rates}): raise --max-downtime above that, "
-                "or use a tracker whose takes are faster (ebpf)"
+                f"{rates}; with nothing left the cutover still takes "
+                f"{format_seconds(fixed_seconds)} of a budget of {budget}: raise --max-downtime "
+                "above that, or use a tracker with faster takes (ebpf)"
             )
-        mends = "raise the bandwidth limit, " if self._limit else ""
-        if rate < throughput:
-            mends += f"raise --max-downtime to {format_seconds(predicted_seconds)} or more, "
+        mends = ["wait, as what is left still shrinks"] if self._shrinks else []
+        mends += ["raise the bandwidth limit"] if self._limit else []
+        mends += [f"raise --max-downtime above {predicted}"] if rate < throughput else []
+        mends += ["quieten the guest", f"force the cutover and accept {predicted} of downtime"]
         return (
-            f"stalled: {rates}, {format_bytes(self._left or 0)} stay dirty and the budget is "
-            f"{budget}: {mends}quieten the guest, or force the cutover and accept "
-            f"{format_seconds(predicted_seconds)} of downtime"
+            f"{rates}; {format_bytes(self._left or 0)} are left and the budget is {budget}: "
+            + ", or ".join(mends)
         )
-
-
-def _check_budget(max_downtime_seconds: float) -> float:
-    if not (0 < max_downtime_seconds < math.inf):
-        raise InvalidArgument(
-            "INVALID_BUDGET",
-            f"the downtime budget is {max_downtime_seconds} s: give more than 0, such as 500ms",
-            max_downtime_seconds=max_downtime_seconds,
-        )
-    return max_downtime_seconds
