@@ -72,24 +72,24 @@ def test_every_truncation_and_every_addition_is_refused() -> None:
             DirtyBitmap.loads(good + more)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        seal(bytes(16), magic=b"WSBITMAQ"),
-        seal(bytes(16), version=2),
-        seal(bytes(16), flags=1),
-        seal(bytes(8)),
-        seal(bytes(24)),
-        seal(bytes(15)),
-        seal(bytes(16), size_bytes=0),
-        seal(bytes(16), size_bytes=1 << 63),
-        seal(bytes(16), size_bytes=(1 << 63) - 1),
-        seal(bytes(16), block_bytes=0),
-        seal(bytes(16), block_bytes=4095),
-        seal(bytes(15) + b"\x10"),  # block 124 of 100
-    ],
-)
-def test_a_right_checksum_does_not_excuse_the_rest(bad: bytes) -> None:
+SEALED_BUT_WRONG = {
+    "magic": seal(bytes(16), magic=b"WSBITMAQ"),
+    "version": seal(bytes(16), version=2),
+    "flags": seal(bytes(16), flags=1),
+    "a word too few": seal(bytes(8)),
+    "a word too many": seal(bytes(24)),
+    "a byte too few": seal(bytes(15)),
+    "no size": seal(bytes(16), size_bytes=0),
+    "size beyond 63 bits": seal(bytes(16), size_bytes=1 << 63),
+    "size of more words": seal(bytes(16), size_bytes=(1 << 63) - 1),
+    "no block size": seal(bytes(16), block_bytes=0),
+    "odd block size": seal(bytes(16), block_bytes=4095),
+    "a mark past the end": seal(bytes(15) + b"\x10"),  # block 124 of 100
+}
+
+
+@pytest.mark.parametrize("what", SEALED_BUT_WRONG)
+def test_a_right_checksum_does_not_excuse_the_rest(what: str) -> None:
     assert DirtyBitmap.loads(seal(bytes(16))).count() == 0
     with pytest.raises(ValueError, match=r"saved bitmap|must be"):
-        DirtyBitmap.loads(bad)
+        DirtyBitmap.loads(SEALED_BUT_WRONG[what])
