@@ -22,7 +22,7 @@ from native import chunk
 LENGTHS = sorted(
     {*range(300), *(n + d for n in (512, 1024, 2048, 4096, 65536) for d in (-1, 0, 1)), 200_001}
 )
-ALIGNMENTS = (0, 1, 2, 3, 7, 8, 15, 31, 33, 63)
+ALIGNMENTS = (0, 1, 8, 33, 63)
 
 
 def placed(content: bytes, alignment: int, around: int) -> memoryview:
