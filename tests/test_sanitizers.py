@@ -36,8 +36,7 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 REPORTS = ("AddressSanitizer:", "runtime error:", "UndefinedBehaviorSanitizer:")
-# Attaching to the kernel's block layer is tested without sanitizers: what runs there is not ours to
-# instrument. Everything in user space stays in.
+# --capture=no: a report goes to the process's standard error, and the process ends at once.
 PYTEST = ["-m", "pytest", "-q", "--capture=no", "-p", "no:cacheprovider", "tests/native"]
 
 pytestmark = [
