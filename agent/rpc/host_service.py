@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import platform
 import socket
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from agent import doctor
 from agent.device import boot_id
 from agent.inventory import list_devices
 from agent.migration import Totals
+from agent.version import agent_version
 
 _STATUS = {
     doctor.Verdict.OK: host_service_pb2.CHECK_STATUS_OK,
@@ -71,14 +71,6 @@ class HostServicer(host_service_pb2_grpc.HostServiceServicer):
                 for device in devices
             ]
         )
-
-
-def agent_version() -> str:
-    """Return the version of the installed distribution."""
-    try:
-        return version("warmsync")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"
 
 
 def _check(check: doctor.Check) -> host_service_pb2.Check:

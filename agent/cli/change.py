@@ -1,0 +1,90 @@
+"""pause, resume, cancel, rollback, finish, update, delete."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+import grpc.aio
+from google.protobuf.field_mask_pb2 import FieldMask
+from warmsync.v1 import migration_pb2 as pb
+from warmsync.v1 import migration_service_pb2 as service_pb
+from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
+
+from agent.cli.connection import DEADLINE_SECONDS, Agent, agent_options
+from agent.cli.types import DURATION, NAME, RATE
+from agent.view import describe, migration_id, state_name
+
+
+def _command(verb: str, method: str, text: str) -> click.Command:
+    """Return the command for a method that takes a name and answers with the migration."""
+
+    def change(agent: Agent, name: str) -> None:
+        request = getattr(service_pb, f"{method}MigrationRequest")(name=name)
+        _print(agent, _call(agent, f"{method}Migration", request))
+
+    change.__doc__ = text
+    argument = click.argument("name", type=NAME, metavar="ID")
+    return click.command(verb)(agent_options(argument(change)))
+
+
+pause = _command("pause", "Pause", "Stop sending; tracking goes on.")
+resume = _command("resume", "Resume", "Go on after a pause.")
+cancel = _command(
+    "cancel", "Cancel", "Give up: the target is released incomplete, the source stays as it is."
+)
+rollback = _command(
+    "rollback", "RollBack", "After the cutover: take the target back and free the source."
+)
+finish = _command(
+    "finish", "Finish", "After the cutover: the VM runs on the target, there is no way back."
+)
+
+
+@click.command()
+@agent_options
+@click.option("--bandwidth-limit", type=RATE, metavar="RATE", help="Such as 100M; 0: no limit.")
+@click.option("--max-downtime", type=DURATION, metavar="TIME", help="Such as 500ms.")
+@click.argument("name", type=NAME, metavar="ID")
+def update(
+    agent: Agent, name: str, bandwidth_limit: int | None, max_downtime: float | None
+) -> None:
+    """Change a migration while it runs."""
+    values: dict[str, Any] = {
+        "bandwidth_limit_bytes_per_second": bandwidth_limit,
+        "max_downtime_seconds": max_downtime,
+    }
+    given = {field: value for field, value in values.items() if value is not None}
+    if not given:
+        raise click.UsageError("nothing to change: give --bandwidth-limit or --max-downtime")
+    request = service_pb.UpdateMigrationRequest(
+        migration=pb.Migration(name=name, **given), update_mask=FieldMask(paths=list(given))
+    )
+    _print(agent, _call(agent, "UpdateMigration", request))
+
+
+@click.command()
+@agent_options
+@click.argument("name", type=NAME, metavar="ID")
+def delete(agent: Agent, name: str) -> None:
+    """Forget a migration that has ended."""
+    _call(agent, "DeleteMigration", service_pb.DeleteMigrationRequest(name=name))
+    short = name.removeprefix("migrations/")
+    click.echo(json.dumps({"id": short, "deleted": True}) if agent.json else f"{short} deleted")
+
+
+def _call(agent: Agent, method: str, request: Any) -> Any:
+    async def work(channel: grpc.aio.Channel) -> Any:
+        return await getattr(MigrationServiceStub(channel), method)(
+            request, timeout=DEADLINE_SECONDS
+        )
+
+    return agent.run(work)
+
+
+def _print(agent: Agent, migration: pb.Migration) -> None:
+    if agent.json:
+        click.echo(json.dumps(describe(migration)))
+    else:
+        click.echo(f"{migration_id(migration)} {state_name(migration.state)}")

@@ -1,0 +1,161 @@
+"""agent, doctor, devices, completion: commands about a host."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import grpc.aio
+from click.core import ParameterSource
+from click.shell_completion import get_completion_class
+from warmsync.v1 import host_service_pb2 as pb
+from warmsync.v1.host_service_pb2_grpc import HostServiceStub
+
+from agent import doctor as doctor_checks
+from agent.cli.connection import DEADLINE_SECONDS, Agent, agent_options, json_option
+from agent.cli.failure import CommandFailed
+from agent.config import AgentConfig, load
+from agent.errors import FailedPrecondition
+from agent.units import format_bytes
+from agent.view import format_table
+
+_VERDICTS = {
+    pb.CHECK_STATUS_OK: doctor_checks.Verdict.OK,
+    pb.CHECK_STATUS_WARNING: doctor_checks.Verdict.WARNING,
+    pb.CHECK_STATUS_MISSING: doctor_checks.Verdict.MISSING,
+}
+
+
+@click.command("agent")
+@click.option("--listen", metavar="HOST:PORT|unix:PATH", help=f"Default: {AgentConfig().listen}.")
+@click.option("--config", metavar="FILE", help="Settings in TOML; flags win over them.")
+@click.option("--state-dir", metavar="DIR", help=f"Default: {AgentConfig().state_dir}.")
+@click.option(
+    "--allow-device",
+    "allow_devices",
+    multiple=True,
+    metavar="GLOB",
+    help="Devices and files that may be touched; may be repeated. Default: none.",
+)
+@click.option("--tls-cert", metavar="FILE", help="This agent's certificate, PEM.")
+@click.option("--tls-key", metavar="FILE", help="Its key, PEM.")
+@click.option("--tls-ca", metavar="FILE", help="Certificate of the authority of all agents, PEM.")
+@click.option("--insecure", is_flag=True, help="No TLS (loopback and unix sockets only).")
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info"
+)
+@json_option
+def run_agent(config: str | None, log_level: str, as_json: bool, **flags: Any) -> None:
+    """Run the agent of this host until SIGTERM; with --json it logs JSON lines."""
+    from agent.daemon import run
+
+    settings = (load(config) if config else AgentConfig()).merged(**flags)
+    run(settings, log_level=log_level, as_json=as_json)
+
+
+@click.command()
+@agent_options
+@click.option("--state-dir", metavar="DIR", default=AgentConfig().state_dir, show_default=True)
+@click.pass_context
+def doctor(context: click.Context, agent: Agent, state_dir: str) -> None:
+    """Say what this host can do, what it lacks and the mend.
+
+    With --agent the host of that agent. Fails if something is missing without which no agent works.
+    """
+    if context.get_parameter_source("agent") is ParameterSource.COMMANDLINE:
+        checks = _remote_checks(agent)
+    else:
+        checks = doctor_checks.examine(doctor_checks.Host(Path(state_dir)))
+    missing = [check.name for check in checks if check.verdict is doctor_checks.Verdict.MISSING]
+    shown = {"checks": [_shown(check) for check in checks]}
+    if not agent.json:
+        _print_checks(checks)
+    if missing:
+        message = f"missing: {', '.join(missing)}; see the mends above"
+        raise CommandFailed(FailedPrecondition("HOST_LACKS", message), shown)
+    if agent.json:
+        click.echo(json.dumps({**shown, "error": None}))
+
+
+@click.command()
+@agent_options
+def devices(agent: Agent) -> None:
+    """List the block devices that the agent may touch."""
+
+    async def work(channel: grpc.aio.Channel) -> pb.ListDevicesResponse:
+        answer: pb.ListDevicesResponse = await HostServiceStub(channel).ListDevices(
+            pb.ListDevicesRequest(), timeout=DEADLINE_SECONDS
+        )
+        return answer
+
+    found = agent.run(work).devices
+    if agent.json:
+        click.echo(json.dumps({"devices": [_device(device) for device in found]}))
+        return
+    rows = [["PATH", "SIZE", "SECTOR", "MODE", "IN USE BY"]]
+    for device in found:
+        mode = "ro" if device.read_only else "rw"
+        size, sector = format_bytes(device.size_bytes), str(device.logical_block_size_bytes)
+        rows.append([device.path, size, sector, mode, device.in_use_by or "-"])
+    click.echo(format_table(rows))
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+@json_option
+def completion(context: click.Context, shell: str, as_json: bool) -> None:
+    """Print a shell's completion script: eval "$(warmsync completion bash)"."""
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise click.UsageError(f"no completion for {shell}")
+    root = context.find_root().command
+    script = kind(root, {}, "warmsync", "_WARMSYNC_COMPLETE").source()
+    click.echo(json.dumps({"shell": shell, "script": script}) if as_json else script)
+
+
+def _remote_checks(agent: Agent) -> list[doctor_checks.Check]:
+    async def work(channel: grpc.aio.Channel) -> pb.GetHostResponse:
+        answer: pb.GetHostResponse = await HostServiceStub(channel).GetHost(
+            pb.GetHostRequest(), timeout=DEADLINE_SECONDS
+        )
+        return answer
+
+    return [
+        doctor_checks.Check(
+            check.name,
+            _VERDICTS.get(check.status, doctor_checks.Verdict.WARNING),
+            check.finding,
+            check.mend,
+        )
+        for check in agent.run(work).checks
+    ]
+
+
+def _print_checks(checks: list[doctor_checks.Check]) -> None:
+    width = max((len(check.name) for check in checks), default=0)
+    for check in checks:
+        click.echo(f"{check.verdict:<8} {check.name:<{width}}  {check.finding}")
+        if check.mend:
+            click.echo(f"{'':<8} {'':<{width}}  mend: {check.mend}")
+
+
+def _shown(check: doctor_checks.Check) -> dict[str, str]:
+    return {
+        "name": check.name,
+        "status": str(check.verdict),
+        "finding": check.finding,
+        "mend": check.mend,
+    }
+
+
+def _device(device: pb.Device) -> dict[str, Any]:
+    return {
+        "path": device.path,
+        "size_bytes": device.size_bytes,
+        "logical_block_size_bytes": device.logical_block_size_bytes,
+        "read_only": device.read_only,
+        "in_use_by": device.in_use_by,
+    }

@@ -1,0 +1,149 @@
+"""list, show, watch, verify: commands that change nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+import grpc.aio
+from rich.console import Console
+from warmsync.v1 import migration_pb2 as pb
+from warmsync.v1 import migration_service_pb2 as service_pb
+from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
+
+from agent.cli.connection import DEADLINE_SECONDS, Agent, agent_options
+from agent.cli.failure import CommandFailed
+from agent.cli.types import NAME
+from agent.cli.waiting import ending, watch
+from agent.display import ShareDisplay, open_display
+from agent.errors import DataLoss, Unavailable
+from agent.units import format_bytes
+from agent.view import describe, page, table
+
+PAGE_SIZE = 1000
+
+
+@click.command("list")
+@agent_options
+def list_migrations(agent: Agent) -> None:
+    """List the migrations that the agent knows."""
+
+    async def work(channel: grpc.aio.Channel) -> list[pb.Migration]:
+        stub, found, token = MigrationServiceStub(channel), [], ""
+        while True:
+            request = service_pb.ListMigrationsRequest(page_size=PAGE_SIZE, page_token=token)
+            answer = await stub.ListMigrations(request, timeout=DEADLINE_SECONDS)
+            found += answer.migrations
+            token = answer.next_page_token
+            if not token:
+                return found
+
+    migrations = agent.run(work)
+    if agent.json:
+        click.echo(json.dumps({"migrations": [describe(migration) for migration in migrations]}))
+    elif migrations:
+        click.echo(table(migrations))
+    else:
+        click.echo("no migrations", err=True)
+
+
+@click.command()
+@agent_options
+@click.argument("name", type=NAME, metavar="ID")
+def show(agent: Agent, name: str) -> None:
+    """Show all that is known of a migration."""
+
+    async def work(channel: grpc.aio.Channel) -> pb.Migration:
+        request = service_pb.GetMigrationRequest(name=name)
+        answer: pb.Migration = await MigrationServiceStub(channel).GetMigration(
+            request, timeout=DEADLINE_SECONDS
+        )
+        return answer
+
+    migration = agent.run(work)
+    click.echo(json.dumps(describe(migration)) if agent.json else page(migration))
+
+
+@click.command("watch")
+@agent_options
+@click.argument("name", type=NAME, metavar="ID")
+def watch_migration(agent: Agent, name: str) -> None:
+    """Follow a migration until it has ended; with --json an object a line."""
+
+    async def work(channel: grpc.aio.Channel) -> pb.Migration:
+        if agent.json:
+            return await watch(channel, name, _print_line)
+        with open_display(Console()) as display:
+            return await watch(channel, name, display.update)
+
+    last = agent.run(work)
+    if last.state == pb.STATE_FAILED:
+        raise CommandFailed(ending(last), describe(last))
+
+
+@click.command()
+@agent_options
+@click.argument("name", type=NAME, metavar="ID")
+def verify(agent: Agent, name: str) -> None:
+    """Compare the two ends digest by digest; fails if they are not equal."""
+
+    async def work(channel: grpc.aio.Channel) -> service_pb.VerifyMigrationResponse:
+        newest = service_pb.VerifyMigrationResponse()
+        request = service_pb.VerifyMigrationRequest(name=name)
+        with ShareDisplay(Console(stderr=True), "compared") as display:
+            async for newest in MigrationServiceStub(channel).VerifyMigration(request):
+                display.update(newest.compared_bytes, newest.total_bytes)
+        return newest
+
+    result = agent.run(work)
+    shown = {"id": name.removeprefix("migrations/"), **_comparison(result)}
+    if not result.done:
+        message = "the comparison ended early: look into the agents' logs and repeat it"
+        raise CommandFailed(Unavailable("VERIFY_ENDED", message), shown)
+    if result.mismatched_bytes:
+        raise CommandFailed(_unequal(result), shown)
+    click.echo(json.dumps({**shown, "error": None}) if agent.json else _equal(result))
+
+
+def _print_line(migration: pb.Migration) -> None:
+    click.echo(json.dumps(describe(migration)))
+
+
+def _comparison(result: service_pb.VerifyMigrationResponse) -> dict[str, Any]:
+    return {
+        "equal": result.done and not result.mismatched_bytes and not result.pending_bytes,
+        "done": result.done,
+        "compared_bytes": result.compared_bytes,
+        "total_bytes": result.total_bytes,
+        "pending_bytes": result.pending_bytes,
+        "mismatched_bytes": result.mismatched_bytes,
+        "mismatches": [
+            {
+                "source": mismatch.source,
+                "offset_bytes": mismatch.offset_bytes,
+                "length_bytes": mismatch.length_bytes,
+            }
+            for mismatch in result.mismatches
+        ],
+    }
+
+
+def _equal(result: service_pb.VerifyMigrationResponse) -> str:
+    compared = format_bytes(result.compared_bytes)
+    if result.pending_bytes:
+        pending = format_bytes(result.pending_bytes)
+        return f"compared {compared}: {pending} differ and are marked, so they will be sent"
+    return f"compared {compared}: equal"
+
+
+def _unequal(result: service_pb.VerifyMigrationResponse) -> DataLoss:
+    first = "; ".join(
+        f"{mismatch.source} at {mismatch.offset_bytes}, {mismatch.length_bytes} bytes"
+        for mismatch in result.mismatches[:3]
+    )
+    message = (
+        f"{format_bytes(result.mismatched_bytes)} differ although nothing marked them ({first}): "
+        "do not use the target; cancel or roll back and report this"
+    )
+    return DataLoss("COPIES_DIFFER", message, mismatched_bytes=result.mismatched_bytes)

@@ -1,0 +1,164 @@
+"""migrate and cutover: the main job."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+import grpc.aio
+from warmsync.v1 import migration_pb2 as pb
+from warmsync.v1 import migration_service_pb2 as service_pb
+from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
+
+from agent.cli.connection import DEADLINE_SECONDS, Agent, agent_options
+from agent.cli.failure import INTERRUPTED, CommandFailed
+from agent.cli.types import DURATION, NAME, RATE, SIZE, VOLUME
+from agent.cli.waiting import CONVERGED, goes_on, wait_for
+from agent.errors import Cancelled
+from agent.units import format_bytes, format_seconds
+from agent.view import describe, migration_id, page
+
+TRACKERS = {
+    "auto": pb.TRACKER_AUTO,
+    "ebpf": pb.TRACKER_EBPF,
+    "qemu": pb.TRACKER_QEMU,
+    "scan": pb.TRACKER_SCAN,
+}
+
+
+@click.command()
+@agent_options
+@click.option(
+    "--peer", required=True, metavar="HOST:PORT", help="The target's agent, seen from the source."
+)
+@click.option(
+    "--volume",
+    "volumes",
+    required=True,
+    multiple=True,
+    type=VOLUME,
+    metavar="SRC:DST",
+    help="A source device and the target device it is copied to; may be repeated.",
+)
+@click.option("--id", "wanted_id", default="", metavar="ID", help="Name it. Default: chosen.")
+@click.option(
+    "--tracker",
+    type=click.Choice(list(TRACKERS)),
+    default="auto",
+    show_default=True,
+    help="How writes are learned of.",
+)
+@click.option(
+    "--max-downtime",
+    type=DURATION,
+    default=None,
+    metavar="TIME",
+    help="The downtime that is acceptable, such as 500ms.",
+)
+@click.option(
+    "--bandwidth-limit", type=RATE, default=0, metavar="RATE", help="Such as 100M; 0: no limit."
+)
+@click.option(
+    "--block-size", type=SIZE, default=None, metavar="SIZE", help="Unit of tracking, such as 4K."
+)
+@click.option(
+    "--wait",
+    type=click.Choice(["none", "converged"]),
+    default="none",
+    show_default=True,
+    help="Return at once, or when the VM may be powered down.",
+)
+@click.option(
+    "--timeout", type=DURATION, default=None, metavar="TIME", help="Wait at most so long (10m)."
+)
+def migrate(agent: Agent, wait: str, timeout: float | None, wanted_id: str, **spec: Any) -> None:
+    """Start to move a VM's disks; the VM goes on running."""
+    if timeout is not None and wait == "none":
+        raise click.UsageError("--timeout needs --wait converged")
+    request = service_pb.CreateMigrationRequest(migration_id=wanted_id, migration=_message(**spec))
+    started: list[pb.Migration] = []
+
+    async def work(channel: grpc.aio.Channel) -> pb.Migration:
+        stub = MigrationServiceStub(channel)
+        created: pb.Migration = await stub.CreateMigration(request, timeout=DEADLINE_SECONDS)
+        started.append(created)
+        if wait == "none":
+            return created
+        return await wait_for(channel, created, CONVERGED, timeout)
+
+    try:
+        migration = agent.run(work)
+    except KeyboardInterrupt as error:
+        raise _interrupted(started) from error
+    _print_started(agent, migration, converged=wait == "converged")
+
+
+@click.command()
+@agent_options
+@click.option("--force", is_flag=True, help="Although not converged: the downtime may be longer.")
+@click.argument("name", type=NAME, metavar="ID")
+def cutover(agent: Agent, name: str, force: bool) -> None:
+    """Copy the last changes of a VM that is off, and hand the target over."""
+
+    async def work(channel: grpc.aio.Channel) -> pb.Migration:
+        request = service_pb.CutOverMigrationRequest(name=name, force=force)
+        # No deadline: a cutover that is forced takes as long as it takes.
+        answer: pb.Migration = await MigrationServiceStub(channel).CutOverMigration(request)
+        return answer
+
+    migration = agent.run(work)
+    if agent.json:
+        click.echo(json.dumps(describe(migration)))
+        return
+    progress = migration.progress
+    click.echo(
+        f"{migration_id(migration)} cut over: downtime {format_seconds(progress.downtime_seconds)},"
+        f" {progress.rounds} rounds, sent {format_bytes(progress.sent_bytes)} of "
+        f"{format_bytes(progress.total_bytes)}. Boot the VM on the target, then run "
+        f"`warmsync finish {migration_id(migration)}`, or `warmsync rollback`."
+    )
+
+
+def _message(
+    *,
+    peer: str,
+    volumes: tuple[pb.Volume, ...],
+    tracker: str,
+    max_downtime: float | None,
+    bandwidth_limit: int,
+    block_size: int | None,
+) -> pb.Migration:
+    # 0 means "the default" to the agent; a budget or block size of zero is a mistake of the caller.
+    if max_downtime == 0:
+        raise click.UsageError("--max-downtime 0 can never be met: give a time such as 500ms")
+    if block_size == 0:
+        raise click.UsageError("--block-size 0 is no size: give a power of two such as 4K")
+    return pb.Migration(
+        peer=peer,
+        volumes=volumes,
+        tracker=TRACKERS[tracker],
+        max_downtime_seconds=max_downtime or 0.0,
+        bandwidth_limit_bytes_per_second=bandwidth_limit,
+        block_size_bytes=block_size or 0,
+    )
+
+
+def _print_started(agent: Agent, migration: pb.Migration, *, converged: bool) -> None:
+    name = migration_id(migration)
+    if agent.json:
+        click.echo(json.dumps(describe(migration)))
+    elif converged:
+        click.echo(page(migration))
+        click.echo(f"\nPower the VM down, then run `warmsync cutover {name}`.")
+    else:
+        click.echo(f"{name} started; {goes_on(name)}")
+
+
+def _interrupted(started: list[pb.Migration]) -> CommandFailed:
+    if not started:
+        message = "interrupted before the agent answered: see `warmsync list`"
+        return CommandFailed(Cancelled("INTERRUPTED", message), code=INTERRUPTED)
+    name = migration_id(started[0])
+    message = f"interrupted; {goes_on(name)}"
+    return CommandFailed(Cancelled("INTERRUPTED", message, id=name), {"id": name}, INTERRUPTED)

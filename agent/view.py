@@ -1,0 +1,207 @@
+"""Migrations as JSON, as a table and as a page.
+
+Owns the names of the JSON fields, which are a contract: fields are added, never renamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import status_pb2
+from warmsync.v1 import migration_pb2
+from warmsync.v1.migration_pb2 import Migration
+
+from agent.errors import WarmsyncError
+from agent.rpc.errors import from_status
+from agent.units import format_bytes, format_rate, format_seconds
+
+PARTS = (
+    "finish_round_seconds",
+    "source_flush_seconds",
+    "take_seconds",
+    "send_seconds",
+    "target_flush_seconds",
+    "check_seconds",
+    "release_seconds",
+)
+
+
+def migration_id(migration: Migration) -> str:
+    """Return the id in a resource name."""
+    return migration.name.removeprefix("migrations/")
+
+
+def state_name(state: int) -> str:
+    """Return "CONVERGED" for STATE_CONVERGED; a number that is unknown here as it is."""
+    return _short(migration_pb2.State, state, "STATE_")
+
+
+def tracker_name(migration: Migration) -> str:
+    """Return "ebpf" for TRACKER_EBPF."""
+    return _short(migration_pb2.Tracker, migration.tracker, "TRACKER_").lower()
+
+
+def describe_error(error: WarmsyncError) -> dict[str, Any]:
+    """Return an error as JSON."""
+    return {"reason": error.reason, "message": str(error), "values": error.values}
+
+
+def describe(migration: Migration) -> dict[str, Any]:
+    """Return a migration as JSON: all that is known of it."""
+    return {
+        "id": migration_id(migration),
+        "state": state_name(migration.state),
+        "role": _short(migration_pb2.Role, migration.role, "ROLE_").lower(),
+        "peer": migration.peer,
+        **_progress(migration),
+        "volumes": [_volume(volume) for volume in migration.volumes],
+        "tracker": tracker_name(migration),
+        "tracker_reason": migration.tracker_reason,
+        "carrier": _short(migration_pb2.Carrier, migration.carrier, "CARRIER_").lower(),
+        "block_size_bytes": migration.block_size_bytes,
+        "max_downtime_seconds": migration.max_downtime_seconds,
+        "bandwidth_limit_bytes_per_second": migration.bandwidth_limit_bytes_per_second,
+        "incomplete": migration.incomplete,
+        "error": _status(migration, "error"),
+        "last_refusal": _status(migration, "last_refusal"),
+        "history": [
+            {"state": state_name(step.state), "time": _time(step.time)}
+            for step in migration.history
+        ],
+        "create_time": _time(migration.create_time),
+        "update_time": _time(migration.update_time),
+    }
+
+
+def _progress(migration: Migration) -> dict[str, Any]:
+    progress = migration.progress
+    parts = {name: getattr(progress.downtime_parts, name) for name in PARTS}
+    return {
+        "rounds": progress.rounds,
+        "bytes_sent": progress.sent_bytes,
+        "bytes_total": progress.total_bytes,
+        "predicted_downtime_seconds": _optional(progress, "predicted_downtime_seconds"),
+        "downtime_seconds": _optional(progress, "downtime_seconds"),
+        "downtime_parts": parts if progress.HasField("downtime_parts") else None,
+        "round_bytes": progress.round_bytes,
+        "round_done_bytes": progress.round_done_bytes,
+        "dirty_bytes": progress.dirty_bytes,
+        "throughput_bytes_per_second": progress.throughput_bytes_per_second,
+        "dirty_rate_bytes_per_second": progress.dirty_rate_bytes_per_second,
+        "stalled": progress.stalled,
+        "advice": progress.advice,
+        "suspect_volumes": progress.suspect_volumes,
+    }
+
+
+def table(migrations: Sequence[Migration]) -> str:
+    """Return a table with a line for each migration."""
+    head = ["ID", "ROLE", "STATE", "PEER", "ROUNDS", "SENT", "SIZE", "DIRTY", "DOWNTIME"]
+    return format_table([head, *(_row(describe(migration)) for migration in migrations)])
+
+
+def _row(shown: dict[str, Any]) -> list[str]:
+    return [
+        shown["id"],
+        shown["role"],
+        shown["state"],
+        shown["peer"] or "-",
+        str(shown["rounds"]),
+        format_bytes(shown["bytes_sent"]),
+        format_bytes(shown["bytes_total"]),
+        format_bytes(shown["dirty_bytes"]),
+        _downtime(shown),
+    ]
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows with their columns aligned, three spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (zip(row, widths, strict=True) for row in rows)
+    return "\n".join(
+        "   ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines
+    )
+
+
+def page(migration: Migration) -> str:
+    """Return all that a person may want to know, a line each."""
+    shown = describe(migration)
+    facts = [(label, text) for label, text in _facts(shown) if text]
+    width = max(len(label) for label, _ in facts) + 1
+    return "\n".join(f"{(label + ':') if label else '':<{width}}  {text}" for label, text in facts)
+
+
+def _facts(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "Id", shown["id"]
+    yield "State", shown["state"] + (" (target incomplete)" if shown["incomplete"] else "")
+    yield "Role", shown["role"]
+    yield "Peer", shown["peer"]
+    for index, volume in enumerate(shown["volumes"]):
+        size = f"{format_bytes(volume['size_bytes'])}, blocks of {volume['block_size_bytes']} B"
+        yield "" if index else "Volumes", f"{volume['source']} -> {volume['target']} ({size})"
+    reason = f" ({shown['tracker_reason']})" if shown["tracker_reason"] else ""
+    yield "Tracker", shown["tracker"] + reason
+    yield "Carrier", shown["carrier"]
+    limit = shown["bandwidth_limit_bytes_per_second"]
+    yield "Bandwidth limit", format_rate(limit) if limit else "none"
+    yield from _measurements(shown)
+    for label, key in (("Error", "error"), ("Last refusal", "last_refusal")):
+        if shown[key]:
+            yield label, f"{shown[key]['reason']}: {shown[key]['message']}"
+    for index, step in enumerate(shown["history"]):
+        yield "" if index else "History", f"{step['time'] or '-'}  {step['state']}"
+
+
+def _measurements(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "Rounds", str(shown["rounds"])
+    yield "Sent", f"{format_bytes(shown['bytes_sent'])} of {format_bytes(shown['bytes_total'])}"
+    yield "Dirty", format_bytes(shown["dirty_bytes"])
+    yield "Throughput", format_rate(shown["throughput_bytes_per_second"])
+    yield "Dirty rate", format_rate(shown["dirty_rate_bytes_per_second"])
+    yield "Downtime", f"{_downtime(shown)} (budget {format_seconds(shown['max_downtime_seconds'])})"
+    parts = shown["downtime_parts"] or {}
+    names = {name: name.removesuffix("_seconds").replace("_", " ") for name in PARTS}
+    yield "", ", ".join(f"{names[name]} {format_seconds(parts[name])}" for name in parts)
+    if shown["stalled"]:
+        yield "Stalled", shown["advice"]
+    if shown["suspect_volumes"]:
+        yield "Suspect", f"{shown['suspect_volumes']} times a volume had to be sent again"
+
+
+def _downtime(shown: dict[str, Any]) -> str:
+    if shown["downtime_seconds"] is not None:
+        return format_seconds(shown["downtime_seconds"])
+    predicted = shown["predicted_downtime_seconds"]
+    return "-" if predicted is None else f"~{format_seconds(predicted)}"
+
+
+def _volume(volume: migration_pb2.Volume) -> dict[str, Any]:
+    return {
+        "source": volume.source,
+        "target": volume.target,
+        "size_bytes": volume.size_bytes,
+        "block_size_bytes": volume.block_size_bytes,
+    }
+
+
+def _status(migration: Migration, name: str) -> dict[str, Any] | None:
+    if not migration.HasField(name):
+        return None
+    status: status_pb2.Status = getattr(migration, name)
+    return describe_error(from_status(status))
+
+
+def _optional(message: Any, name: str) -> float | None:
+    return getattr(message, name) if message.HasField(name) else None
+
+
+def _time(stamp: Timestamp) -> str | None:
+    return stamp.ToJsonString() if stamp.seconds or stamp.nanos else None
+
+
+def _short(kind: Any, number: int, prefix: str) -> str:
+    if number not in kind.values():  # from an agent newer than this command
+        return str(number)
+    return str(kind.Name(number)).removeprefix(prefix)
