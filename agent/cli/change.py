@@ -32,13 +32,17 @@ def _command(verb: str, method: str, text: str) -> click.Command:
 pause = _command("pause", "Pause", "Stop sending; tracking goes on.")
 resume = _command("resume", "Resume", "Go on after a pause.")
 cancel = _command(
-    "cancel", "Cancel", "Give up: the target is released incomplete, the source stays as it is."
+    "cancel",
+    "Cancel",
+    "Give up.\n\nThe target is released, marked incomplete; the source stays as it is.",
 )
 rollback = _command(
-    "rollback", "RollBack", "After the cutover: take the target back and free the source."
+    "rollback",
+    "RollBack",
+    "Undo a cutover.\n\nThe target is taken back and the source writable again.",
 )
 finish = _command(
-    "finish", "Finish", "After the cutover: the VM runs on the target, there is no way back."
+    "finish", "Finish", "Confirm a cutover.\n\nThe VM runs on the target; there is no way back."
 )
 
 

@@ -44,11 +44,18 @@ _VERDICTS = {
 @click.option("--tls-ca", metavar="FILE", help="Certificate of the authority of all agents, PEM.")
 @click.option("--insecure", is_flag=True, help="No TLS (loopback and unix sockets only).")
 @click.option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info"
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Least severity that is logged.",
 )
 @json_option
 def run_agent(config: str | None, log_level: str, as_json: bool, **flags: Any) -> None:
-    """Run the agent of this host until SIGTERM; with --json it logs JSON lines."""
+    """Run this host's agent.
+
+    It ends with SIGTERM or SIGINT; a second one ends it at once. With --json it logs JSON lines.
+    """
     from agent.daemon import run
 
     settings = (load(config) if config else AgentConfig()).merged(**flags)
@@ -57,10 +64,16 @@ def run_agent(config: str | None, log_level: str, as_json: bool, **flags: Any) -
 
 @click.command()
 @agent_options
-@click.option("--state-dir", metavar="DIR", default=AgentConfig().state_dir, show_default=True)
+@click.option(
+    "--state-dir",
+    metavar="DIR",
+    default=AgentConfig().state_dir,
+    show_default=True,
+    help="Where the agent will keep its state.",
+)
 @click.pass_context
 def doctor(context: click.Context, agent: Agent, state_dir: str) -> None:
-    """Say what this host can do, what it lacks and the mend.
+    """Check this host, with the mends.
 
     With --agent the host of that agent. Fails if something is missing without which no agent works.
     """
@@ -82,7 +95,7 @@ def doctor(context: click.Context, agent: Agent, state_dir: str) -> None:
 @click.command()
 @agent_options
 def devices(agent: Agent) -> None:
-    """List the block devices that the agent may touch."""
+    """List devices the agent may touch."""
 
     async def work(channel: grpc.aio.Channel) -> pb.ListDevicesResponse:
         answer: pb.ListDevicesResponse = await HostServiceStub(channel).ListDevices(
@@ -107,7 +120,10 @@ def devices(agent: Agent) -> None:
 @click.pass_context
 @json_option
 def completion(context: click.Context, shell: str, as_json: bool) -> None:
-    """Print a shell's completion script: eval "$(warmsync completion bash)"."""
+    """Print a completion script.
+
+    Use it as: eval "$(warmsync completion bash)"
+    """
     kind = get_completion_class(shell)
     if kind is None:
         raise click.UsageError(f"no completion for {shell}")

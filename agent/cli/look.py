@@ -15,7 +15,7 @@ from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
 from agent.cli.connection import DEADLINE_SECONDS, Agent, agent_options
 from agent.cli.failure import CommandFailed
 from agent.cli.types import NAME
-from agent.cli.waiting import ending, watch
+from agent.cli.waiting import ending, interrupted, watch
 from agent.display import ShareDisplay, open_display
 from agent.errors import DataLoss, Unavailable
 from agent.units import format_bytes
@@ -27,7 +27,7 @@ PAGE_SIZE = 1000
 @click.command("list")
 @agent_options
 def list_migrations(agent: Agent) -> None:
-    """List the migrations that the agent knows."""
+    """List the agent's migrations."""
 
     async def work(channel: grpc.aio.Channel) -> list[pb.Migration]:
         stub, found, token = MigrationServiceStub(channel), [], ""
@@ -52,7 +52,7 @@ def list_migrations(agent: Agent) -> None:
 @agent_options
 @click.argument("name", type=NAME, metavar="ID")
 def show(agent: Agent, name: str) -> None:
-    """Show all that is known of a migration."""
+    """Show a migration."""
 
     async def work(channel: grpc.aio.Channel) -> pb.Migration:
         request = service_pb.GetMigrationRequest(name=name)
@@ -69,7 +69,10 @@ def show(agent: Agent, name: str) -> None:
 @agent_options
 @click.argument("name", type=NAME, metavar="ID")
 def watch_migration(agent: Agent, name: str) -> None:
-    """Follow a migration until it has ended; with --json an object a line."""
+    """Follow a migration.
+
+    Until it has ended; with --json an object a line.
+    """
 
     async def work(channel: grpc.aio.Channel) -> pb.Migration:
         if agent.json:
@@ -77,7 +80,10 @@ def watch_migration(agent: Agent, name: str) -> None:
         with open_display(Console()) as display:
             return await watch(channel, name, display.update)
 
-    last = agent.run(work)
+    try:
+        last = agent.run(work)
+    except KeyboardInterrupt as error:
+        raise interrupted(name.removeprefix("migrations/")) from error
     if last.state == pb.STATE_FAILED:
         raise CommandFailed(ending(last), describe(last))
 
@@ -86,7 +92,10 @@ def watch_migration(agent: Agent, name: str) -> None:
 @agent_options
 @click.argument("name", type=NAME, metavar="ID")
 def verify(agent: Agent, name: str) -> None:
-    """Compare the two ends digest by digest; fails if they are not equal."""
+    """Compare the two ends.
+
+    Digest by digest; fails if a range differs that is not marked to be sent.
+    """
 
     async def work(channel: grpc.aio.Channel) -> service_pb.VerifyMigrationResponse:
         newest = service_pb.VerifyMigrationResponse()

@@ -12,10 +12,8 @@ from warmsync.v1 import migration_service_pb2 as service_pb
 from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
 
 from agent.cli.connection import DEADLINE_SECONDS, Agent, agent_options
-from agent.cli.failure import INTERRUPTED, CommandFailed
 from agent.cli.types import DURATION, NAME, RATE, SIZE, VOLUME
-from agent.cli.waiting import CONVERGED, goes_on, wait_for
-from agent.errors import Cancelled
+from agent.cli.waiting import CONVERGED, goes_on, interrupted, wait_for
 from agent.units import format_bytes, format_seconds
 from agent.view import describe, migration_id, page
 
@@ -73,7 +71,10 @@ TRACKERS = {
     "--timeout", type=DURATION, default=None, metavar="TIME", help="Wait at most so long (10m)."
 )
 def migrate(agent: Agent, wait: str, timeout: float | None, wanted_id: str, **spec: Any) -> None:
-    """Start to move a VM's disks; the VM goes on running."""
+    """Start to move a VM's disks.
+
+    The VM goes on running until you power it down before the cutover.
+    """
     if timeout is not None and wait == "none":
         raise click.UsageError("--timeout needs --wait converged")
     request = service_pb.CreateMigrationRequest(migration_id=wanted_id, migration=_message(**spec))
@@ -90,7 +91,7 @@ def migrate(agent: Agent, wait: str, timeout: float | None, wanted_id: str, **sp
     try:
         migration = agent.run(work)
     except KeyboardInterrupt as error:
-        raise _interrupted(started) from error
+        raise interrupted(migration_id(started[0]) if started else "") from error
     _print_started(agent, migration, converged=wait == "converged")
 
 
@@ -99,7 +100,10 @@ def migrate(agent: Agent, wait: str, timeout: float | None, wanted_id: str, **sp
 @click.option("--force", is_flag=True, help="Although not converged: the downtime may be longer.")
 @click.argument("name", type=NAME, metavar="ID")
 def cutover(agent: Agent, name: str, force: bool) -> None:
-    """Copy the last changes of a VM that is off, and hand the target over."""
+    """Hand over to the target.
+
+    The VM must be off. Copies what is left; returns once the target is durable and released.
+    """
 
     async def work(channel: grpc.aio.Channel) -> pb.Migration:
         request = service_pb.CutOverMigrationRequest(name=name, force=force)
@@ -153,12 +157,3 @@ def _print_started(agent: Agent, migration: pb.Migration, *, converged: bool) ->
         click.echo(f"\nPower the VM down, then run `warmsync cutover {name}`.")
     else:
         click.echo(f"{name} started; {goes_on(name)}")
-
-
-def _interrupted(started: list[pb.Migration]) -> CommandFailed:
-    if not started:
-        message = "interrupted before the agent answered: see `warmsync list`"
-        return CommandFailed(Cancelled("INTERRUPTED", message), code=INTERRUPTED)
-    name = migration_id(started[0])
-    message = f"interrupted; {goes_on(name)}"
-    return CommandFailed(Cancelled("INTERRUPTED", message, id=name), {"id": name}, INTERRUPTED)

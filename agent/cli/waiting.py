@@ -11,9 +11,9 @@ from warmsync.v1 import migration_pb2 as pb
 from warmsync.v1 import migration_service_pb2 as service_pb
 from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
 
-from agent.cli.failure import TIMED_OUT, CommandFailed
+from agent.cli.failure import INTERRUPTED, TIMED_OUT, CommandFailed
 from agent.display import open_display
-from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
+from agent.errors import Cancelled, FailedPrecondition, Unavailable, WarmsyncError
 from agent.rpc.errors import from_status
 from agent.units import format_seconds
 from agent.view import describe, migration_id, state_name
@@ -81,6 +81,15 @@ def goes_on(name: str) -> str:
         f"migration {name} goes on: see `warmsync watch {name}`, stop it with "
         f"`warmsync cancel {name}`"
     )
+
+
+def interrupted(name: str) -> CommandFailed:
+    """Return how a command ends that waits for a migration when Ctrl-C is pressed."""
+    if not name:
+        message = "interrupted before the agent answered: see `warmsync list`"
+        return CommandFailed(Cancelled("INTERRUPTED", message), code=INTERRUPTED)
+    error = Cancelled("INTERRUPTED", f"interrupted; {goes_on(name)}", id=name)
+    return CommandFailed(error, {"id": name}, INTERRUPTED)
 
 
 def _timed_out(migration: pb.Migration, timeout_seconds: float | None) -> CommandFailed:
