@@ -1,4 +1,8 @@
-"""The in-kernel dirty bitmap: loads dirty.bpf.c, attaches it, pins it, maps its memory."""
+"""The in-kernel dirty bitmap: loads dirty.bpf.c, attaches it, pins it, maps its memory.
+
+Needs kernel 5.17 or later with BTF (not PREEMPT_RT) and root. libbpf's and the verifier's words are
+in a note of the OSError.
+"""
 
 from typing import NamedTuple
 
@@ -19,31 +23,57 @@ class Counters(NamedTuple):
     seen: int
     """1 once any completion of the disk, reads included, was seen: proof that tracking works."""
     lost: int
-    """Writes whose range could not be known. Any change makes the whole volume suspect."""
+    """Counts writes whose range could not be known (up to three times each, never less than once).
+
+    Any change makes the whole volume suspect: commands passed through (SG_IO, NVMe), zone resets,
+    and on a bio-based disk a write that was in flight at attach. The last are harmless if they end
+    before the first read: compare with the value at that time.
+    """
 
 def check() -> str | None:
     """Try to load (not attach) the programs. Returns None, or why this kernel cannot."""
+
+def remove(pin_dir: str) -> None:
+    """Remove a tracker's pins and directory, complete or not: marking ends.
+
+    No error if there is none. OSError(ENOTEMPTY) if the directory holds anything else, EINVAL if it
+    is not on a bpffs.
+    """
 
 class KernelTracker:
     """Programs attached to the block layer for one range of one disk.
 
     `pin_dir`: a directory on a bpffs, made here (the parent must exist; EEXIST if it does);
     link and maps are pinned in it and go on marking when the process ends.
-    Raises OSError with errno and what was attempted; the verifier's log in a note.
+    Raises OSError with errno and what was attempted (EINVAL: not a bpffs; EPERM), the verifier's
+    log in a note; ValueError for a range that cannot be or a block size that is not a power of two
+    from 512 bytes to 1 GiB, and when used after close. If attach fails, nothing stays pinned.
     """
 
     @classmethod
     def attach(cls, watch: TrackedRange, pin_dir: str) -> KernelTracker: ...
     @classmethod
     def open(cls, pin_dir: str) -> KernelTracker:
-        """Take up pinned programs again. OSError(ENOENT) if incomplete."""
+        """Take up pinned programs again.
+
+        OSError(ENOENT) if a pin is missing (`remove` the rest), EINVAL if they are not a tracker's
+        or are another layout version's.
+        """
+    @property
+    def pin_dir(self) -> str: ...
     @property
     def watch(self) -> TrackedRange: ...
     @property
     def words(self) -> memoryview:
-        """The bitmap's words (writable, format "Q"), shared with the kernel: for DirtyBitmap."""
+        """The bitmap's words (writable, format "Q"), shared with the kernel: for DirtyBitmap.
+
+        Stays valid while referenced: the memory is unmapped once closed and no view is left.
+        """
     def counters(self) -> Counters: ...
     def close(self) -> None:
         """Unmap and close; the kernel goes on marking while the pins exist."""
     def destroy(self) -> None:
-        """Detach and remove the pins. Safe to call twice."""
+        """Detach and remove the pins, then close. Safe to call twice and after close.
+
+        The kernel may run the programs a moment longer, on its way out.
+        """

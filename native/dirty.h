@@ -1,0 +1,44 @@
+/* What the kernel's side (dirty.bpf.c) and ours (ebpf_impl.c) agree on.
+ *
+ * dirty_range is pinned and read by later versions of the agent: change DIRTY_VERSION with it. */
+#ifndef WARMSYNC_DIRTY_H
+#define WARMSYNC_DIRTY_H
+
+#include <linux/types.h>
+
+#define DIRTY_MAGIC 0x5954524944535757ULL /* "WWSDIRTY" */
+#define DIRTY_VERSION 1
+#define DIRTY_SECTOR_SHIFT                                                                         \
+    9 /* the block layer counts in 512 bytes, whatever the device's sector                         \
+       */
+#define DIRTY_MAX_INFLIGHT 65536
+
+/* Constants of one loaded object: the verifier sees them as such and folds them. */
+struct dirty_watch {
+    __u32 major;
+    __u32 minor;
+    __u64 start_sector;
+    __u64 sector_count;
+    __u32 block_shift; /* log2 of the sectors in a block */
+    __u32 word_count;
+};
+
+/* The one value of the map "range": what the bitmap beside it means, and the counters. */
+struct dirty_range {
+    __u64 magic;
+    __u32 version;
+    __u32 link_count;
+    __u32 major;
+    __u32 minor;
+    __u64 disk_sequence;
+    __u64 start_sector;
+    __u64 sector_count;
+    __u64 block_size_bytes;
+    __u32 bio_based;
+    __u32 word_count;
+    /* On a cache line of their own: the rest is never written after attach. */
+    __u64 seen __attribute__((aligned(64)));
+    __u64 lost;
+};
+
+#endif

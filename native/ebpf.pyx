@@ -1,0 +1,250 @@
+"""The in-kernel dirty bitmap: loads dirty.bpf.c, attaches it, pins it, maps its memory."""
+
+import os
+from collections import namedtuple
+from pathlib import Path
+
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
+from libc.errno cimport EPERM
+from libc.stdint cimport uint32_t, uint64_t
+
+cdef extern from "ebpf_impl.h" nogil:
+    struct dirty_range:
+        uint32_t major
+        uint32_t minor
+        uint64_t disk_sequence
+        uint64_t start_sector
+        uint64_t sector_count
+        uint64_t block_size_bytes
+        uint32_t bio_based
+        uint32_t word_count
+        uint64_t seen
+        uint64_t lost
+    ctypedef struct ws_failure:
+        char *attempt
+        size_t log_bytes
+        char *log
+    ctypedef struct ws_tracker:
+        dirty_range *range
+        uint64_t *words
+        size_t words_bytes
+    int ws_tracker_check(const char *object, ws_failure *failure)
+    int ws_tracker_attach(const char *object, const dirty_range *range, const char *pin_dir,
+                          ws_tracker *tracker, ws_failure *failure)
+    int ws_tracker_open(const char *pin_dir, ws_tracker *tracker, ws_failure *failure)
+    int ws_tracker_remove(const char *pin_dir, ws_failure *failure)
+    uint64_t ws_tracker_load(const uint64_t *counter)
+    void ws_tracker_unmap_range(dirty_range *range)
+    void ws_tracker_unmap_words(uint64_t *words, size_t bytes)
+
+SECTOR_BYTES = 512
+BITS_PER_WORD = 64
+MAX_WORDS = (1 << 32) - 1
+MAX_SECTORS = 1 << 55
+MAX_BLOCK_BYTES = 1 << 30
+
+TrackedRange = namedtuple(
+    "TrackedRange",
+    "major minor disk_sequence start_sector sector_count block_size_bytes bio_based",
+)
+Counters = namedtuple("Counters", "seen lost")
+
+cdef char *WORD_FORMAT = b"Q"
+cdef bytes OBJECT = bytes(Path(__file__).with_name("dirty.bpf.o"))
+
+
+cdef object explain(int code, ws_failure *failure):
+    """An OSError that says what was attempted, with libbpf's words in a note."""
+    attempt, log = (<bytes>failure.attempt).decode(), (<bytes>failure.log).decode(errors="replace")
+    error = OSError(code, f"{os.strerror(code)}: could not {attempt}")
+    if log.strip():
+        error.add_note(log.strip())
+    return error
+
+
+cdef void clear(ws_failure *failure) noexcept:
+    failure.attempt[0] = 0
+    failure.log[0] = 0
+    failure.log_bytes = 0
+
+
+cdef object check_watch(object watch):
+    """Return how many words the bitmap needs; ValueError says what is out of range."""
+    block = watch.block_size_bytes
+    if block < SECTOR_BYTES or block > MAX_BLOCK_BYTES or block & (block - 1):
+        raise ValueError(f"block_size_bytes is {block}: it must be a power of two, 512 to 1 GiB")
+    if not 0 < watch.sector_count <= MAX_SECTORS or not 0 <= watch.start_sector <= MAX_SECTORS:
+        raise ValueError(
+            f"start_sector {watch.start_sector}, sector_count {watch.sector_count}: no such range"
+        )
+    blocks = -(-watch.sector_count * SECTOR_BYTES // block)
+    words = -(-blocks // BITS_PER_WORD)
+    if words > MAX_WORDS:
+        raise ValueError(f"{blocks} blocks are too many for one map: use larger blocks")
+    return words
+
+
+cdef dirty_range describe(object watch) except *:
+    cdef dirty_range described
+    words = check_watch(watch)
+    described.word_count = words
+    described.major = watch.major
+    described.minor = watch.minor
+    described.disk_sequence = watch.disk_sequence
+    described.start_sector = watch.start_sector
+    described.sector_count = watch.sector_count
+    described.block_size_bytes = watch.block_size_bytes
+    described.bio_based = bool(watch.bio_based)
+    described.seen = 0
+    described.lost = 0
+    return described
+
+
+def check():
+    """Try to load (not attach) the programs. Returns None, or why this kernel cannot."""
+    cdef ws_failure failure
+    cdef int code
+    cdef const char *path = OBJECT
+    clear(&failure)
+    with nogil:
+        code = ws_tracker_check(path, &failure)
+    if code == 0:
+        return None
+    hint = " (root, or CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN, is needed)" if code == EPERM else ""
+    return f"{explain(code, &failure).strerror}{hint}"
+
+
+def remove(object pin_dir):
+    """Remove the pins in `pin_dir` and the directory: nothing marks there any more."""
+    cdef ws_failure failure
+    cdef int code
+    cdef bytes directory = os.fsencode(pin_dir)
+    cdef const char *path = directory
+    clear(&failure)
+    with nogil:
+        code = ws_tracker_remove(path, &failure)
+    if code:
+        raise explain(code, &failure)
+
+
+cdef class Words:
+    """The mapped bitmap. Lives as long as a view of it: the tracker may be closed before."""
+
+    cdef uint64_t *words
+    cdef size_t mapped_bytes
+    cdef Py_ssize_t count
+    cdef Py_ssize_t stride
+
+    def __dealloc__(self):
+        ws_tracker_unmap_words(self.words, self.mapped_bytes)
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        view.buf = self.words
+        view.obj = self
+        view.len = self.count * self.stride
+        view.itemsize = self.stride
+        view.readonly = False
+        view.ndim = 1
+        view.format = WORD_FORMAT if flags & PyBUF_FORMAT else NULL
+        view.shape = &self.count if flags & PyBUF_ND else NULL
+        view.strides = &self.stride if (flags & PyBUF_STRIDES) == PyBUF_STRIDES else NULL
+        view.suboffsets = NULL
+        view.internal = NULL
+
+
+cdef class KernelTracker:
+    """Programs attached to the block layer for one range of one disk."""
+
+    cdef dirty_range *range
+    cdef Words memory
+    cdef readonly object pin_dir
+
+    def __init__(self):
+        raise TypeError("use KernelTracker.attach or KernelTracker.open")
+
+    def __dealloc__(self):
+        ws_tracker_unmap_range(self.range)
+
+    @staticmethod
+    cdef KernelTracker adopt(object pin_dir, ws_tracker *mapped):
+        cdef Words memory = Words.__new__(Words)
+        cdef KernelTracker tracker = KernelTracker.__new__(KernelTracker)
+        memory.words, memory.mapped_bytes = mapped.words, mapped.words_bytes
+        memory.count, memory.stride = mapped.range.word_count, sizeof(uint64_t)
+        tracker.range, tracker.memory, tracker.pin_dir = mapped.range, memory, pin_dir
+        return tracker
+
+    @classmethod
+    def attach(cls, object watch, object pin_dir):
+        """Load, attach and pin; all of it is undone if a step fails."""
+        cdef ws_failure failure
+        cdef ws_tracker mapped
+        cdef int code
+        cdef dirty_range described = describe(watch)
+        cdef bytes directory = os.fsencode(pin_dir)
+        cdef const char *path = directory
+        cdef const char *program = OBJECT
+        mapped.range, mapped.words, mapped.words_bytes = NULL, NULL, 0
+        clear(&failure)
+        with nogil:
+            code = ws_tracker_attach(program, &described, path, &mapped, &failure)
+        if code:
+            raise explain(code, &failure)
+        return KernelTracker.adopt(pin_dir, &mapped)
+
+    @classmethod
+    def open(cls, object pin_dir):
+        """Take up pinned programs again. OSError(ENOENT) if incomplete."""
+        cdef ws_failure failure
+        cdef ws_tracker mapped
+        cdef int code
+        cdef bytes directory = os.fsencode(pin_dir)
+        cdef const char *path = directory
+        mapped.range, mapped.words, mapped.words_bytes = NULL, NULL, 0
+        clear(&failure)
+        with nogil:
+            code = ws_tracker_open(path, &mapped, &failure)
+        if code:
+            raise explain(code, &failure)
+        return KernelTracker.adopt(pin_dir, &mapped)
+
+    cdef dirty_range *described(self) except NULL:
+        if self.range == NULL:
+            raise ValueError(f"the tracker of {self.pin_dir} is closed")
+        return self.range
+
+    @property
+    def watch(self):
+        """What is watched, as it is recorded beside the bitmap."""
+        cdef dirty_range *of = self.described()
+        return TrackedRange(
+            of.major,
+            of.minor,
+            of.disk_sequence,
+            of.start_sector,
+            of.sector_count,
+            of.block_size_bytes,
+            bool(of.bio_based),
+        )
+
+    @property
+    def words(self):
+        """The bitmap's words (writable, format "Q"), shared with the kernel."""
+        self.described()
+        return memoryview(self.memory)
+
+    def counters(self):
+        """What the programs counted since they were attached."""
+        cdef dirty_range *of = self.described()
+        return Counters(ws_tracker_load(&of.seen), ws_tracker_load(&of.lost))
+
+    def close(self):
+        """Unmap; the kernel goes on marking while the pins exist. Views of `words` stay valid."""
+        ws_tracker_unmap_range(self.range)
+        self.range = NULL
+        self.memory = None
+
+    def destroy(self):
+        """Detach and remove the pins, then close. Safe to call twice."""
+        remove(self.pin_dir)
+        self.close()

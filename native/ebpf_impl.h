@@ -1,0 +1,40 @@
+/* Loads dirty.bpf.o, attaches it to one range of one disk, pins it and maps its memory.
+ *
+ * Functions return 0 or an errno; then `failure` says what was attempted and what libbpf and the
+ * kernel's verifier had to say. Thread-safe: a tracker is used by one thread at a time. */
+#ifndef WARMSYNC_EBPF_IMPL_H
+#define WARMSYNC_EBPF_IMPL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "dirty.h"
+
+typedef struct {
+    char attempt[512];
+    size_t log_bytes;
+    char log[16384]; /* the end of it, where verdicts stand */
+} ws_failure;
+
+typedef struct {
+    struct dirty_range *range;
+    uint64_t *words;
+    size_t words_bytes; /* of the mapping: whole pages */
+} ws_tracker;
+
+int ws_tracker_check(const char *object, ws_failure *failure);
+
+/* `range` says what to watch: magic, version, counts and counters are filled in here. */
+int ws_tracker_attach(const char *object, const struct dirty_range *range, const char *pin_dir,
+                      ws_tracker *tracker, ws_failure *failure);
+
+int ws_tracker_open(const char *pin_dir, ws_tracker *tracker, ws_failure *failure);
+
+/* Remove pins, links first, and the directory: the kernel detaches. What is missing is no error. */
+int ws_tracker_remove(const char *pin_dir, ws_failure *failure);
+
+uint64_t ws_tracker_load(const __u64 *counter);
+void ws_tracker_unmap_range(struct dirty_range *range);
+void ws_tracker_unmap_words(uint64_t *words, size_t bytes);
+
+#endif
