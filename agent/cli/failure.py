@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,10 +57,6 @@ def _finish(run: Callable[[], Any], *, as_json: bool) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("warmsync: interrupted", err=True)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader went away (| head). Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
     return code if isinstance(code, int) else DONE
 
 

@@ -201,7 +201,7 @@ def test_convergence_that_was_skipped_counts(fake: FakeAgent) -> None:
 
 
 def test_migrate_tells_of_a_failure(fake: FakeAgent) -> None:
-    fake.watched = [migration(), failed()]
+    fake.watched, fake.hang = [migration(), failed()], True
     result = invoke(*MIGRATE, "--wait", "converged", "--json", agent=fake)
     assert result.exit_code == 1
     shown = json.loads(result.stdout)

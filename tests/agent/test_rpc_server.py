@@ -27,6 +27,7 @@ from agent.errors import (
     Unavailable,
     WarmsyncError,
 )
+from agent.rpc import listening
 from agent.rpc.client import NO_TLS, open_channel
 from agent.rpc.errors import calling
 from agent.rpc.server import AgentServer, Service, start_server
@@ -262,6 +263,18 @@ def test_an_address_in_use(tmp_path: Path) -> None:
                 assert caught.value.reason == "ADDRESS_IN_USE"
             assert await hostname(str(first.address)) == "here"
             assert await hostname(str(second.address)) == "here"
+
+    run(main)
+
+
+def test_an_address_taken_at_the_last_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "probe", lambda _: None)
+
+    async def main() -> None:
+        async with agent() as first:
+            with pytest.raises(FailedPrecondition) as caught:
+                await start_server(str(first.address), [])
+            assert caught.value.reason == "ADDRESS_IN_USE"
 
     run(main)
 
