@@ -161,7 +161,6 @@ def picture(migration: Migration) -> Group:
         "  ",
         (state, _STYLES.get(state, "yellow")),
         f"  round {progress.rounds}  tracker {tracker_name(migration)}",
-        f"  sent {format_bytes(progress.sent_bytes)} of {format_bytes(progress.total_bytes)}",
     )
     parts: list[Any] = [head, _bar(migration), _figures(migration)]
     if progress.stalled:
@@ -180,16 +179,17 @@ def _bar(migration: Migration) -> Table:
     return row
 
 
-def _figures(migration: Migration) -> Table:
+def _figures(migration: Migration) -> Text:
+    """Two lines that fit 80 columns; padded, so that numbers do not dance."""
     progress = migration.progress
-    grid = Table.grid(padding=(0, 2))
-    grid.add_row(
-        f"dirty {format_bytes(progress.dirty_bytes)}",
-        f"throughput {format_rate(progress.throughput_bytes_per_second)}",
-        f"dirty rate {format_rate(progress.dirty_rate_bytes_per_second)}",
-        Text(_downtime(migration), style="bold"),
+    sent = f"{format_bytes(progress.sent_bytes)} of {format_bytes(progress.total_bytes)}"
+    return Text.assemble(
+        f"dirty {format_bytes(progress.dirty_bytes):<10}",
+        f"  throughput {format_rate(progress.throughput_bytes_per_second):<12}",
+        f"  dirty rate {format_rate(progress.dirty_rate_bytes_per_second)}\n",
+        (_downtime(migration), "bold"),
+        f"  sent {sent}",
     )
-    return grid
 
 
 def _downtime(migration: Migration) -> str:

@@ -22,7 +22,7 @@ class Clock:
 
 def recorder(*, terminal: bool = False) -> tuple[Console, io.StringIO]:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
+    console = Console(file=out, force_terminal=terminal, width=80, color_system=None)
     return console, out
 
 
@@ -100,6 +100,7 @@ def test_a_picture_shows_rounds_rates_and_the_bar() -> None:
     ):
         assert part in text
     assert "stalled" not in text
+    assert len(text.splitlines()) == 4
 
 
 def test_a_picture_shows_trouble() -> None:
