@@ -52,16 +52,17 @@ async def serve(config: AgentConfig, *, as_json: bool = False) -> None:
     registry = Registry(config, lambda address: open_channel(address, config.tls))
     try:
         server = await start_server(config.listen, _services(config, registry), config.tls)
-        try:
-            _announce(server, config, as_json=as_json)
-            await stop.wait()
-        finally:
-            _log.info("stopping")
-            # First: it ends the streams that watch, which the server would wait for.
-            await registry.close()
-            await server.stop(STOP_GRACE_SECONDS)
-    finally:
+    except BaseException:
         await registry.close()
+        raise
+    try:
+        _announce(server, config, as_json=as_json)
+        await stop.wait()
+    finally:
+        _log.info("stopping")
+        # The registry first: it ends the streams that watch, which the server would wait for.
+        await registry.close()
+        await server.stop(STOP_GRACE_SECONDS)
     _log.info("stopped")
 
 
