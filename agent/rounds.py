@@ -30,6 +30,8 @@ PACE = 0.5
 """Share of the budget that waiting between rounds may use up."""
 MIN_CYCLE_SECONDS = 0.05
 MAX_WAIT_SECONDS = 1.0
+MIN_SINCE_SECONDS = 1e-3
+"""Two takes closer than this tell nothing of a rate."""
 RATE_MEMORY_SECONDS = 3.0
 """How long a dirty rate is remembered (an exponential average over time)."""
 
@@ -177,7 +179,7 @@ class Convergence:
         return min(max(cycle - elapsed, 0.0), max(MAX_WAIT_SECONDS, *self._takes))
 
     def _note_rate(self, dirty_bytes: int, since_seconds: float) -> None:
-        if since_seconds <= 0:
+        if since_seconds < MIN_SINCE_SECONDS:
             return
         self._last_rate = rate = dirty_bytes / since_seconds
         memory = 0.0 if self._rate is None else math.exp(-since_seconds / RATE_MEMORY_SECONDS)
@@ -185,7 +187,7 @@ class Convergence:
 
     def _pending_bytes(self, dirty_bytes: int, since_seconds: float) -> float:
         """Return the larger of what is dirty now and what will be when this round is done."""
-        if since_seconds <= 0:
+        if since_seconds < MIN_SINCE_SECONDS:
             return dirty_bytes
         cycle = self._takes[-1] + self._variable_seconds(dirty_bytes)
         return dirty_bytes * max(1.0, cycle / since_seconds)

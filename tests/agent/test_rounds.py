@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agent.errors import InvalidArgument
@@ -402,6 +402,32 @@ def test_only_tiny_rounds_do_not_make_a_burst_absurd() -> None:
     assert 1.0 < predicted < 20.0
 
 
+def test_one_odd_round_does_not_turn_the_throughput() -> None:
+    convergence = measured()
+    for _ in range(4):
+        convergence.record(report(10 * MIB, 0.101))
+    convergence.record(report(10 * MIB, 0.001))
+    throughput = look(convergence, 10 * MIB).throughput_bytes_per_second
+    assert throughput is not None
+    assert throughput < 200 * MIB
+
+
+def test_rounds_of_zeros_do_not_pretend_to_be_fast() -> None:
+    convergence = measured()
+    for _ in range(8):
+        convergence.record(RoundReport(9, 100 * MIB, 4096, 0.0, 0.01, 0.001, 0.0, 0.0))
+    throughput = look(convergence, 10 * MIB).throughput_bytes_per_second
+    assert throughput == pytest.approx(100 * MIB, rel=0.1)
+
+
+def test_a_limit_counts_what_is_on_the_wire() -> None:
+    convergence = measured(limit=10 * MIB)
+    for _ in range(4):
+        convergence.record(RoundReport(9, 10 * MIB, 20 * MIB, 0.0, 0.1, 0.001, 0.0, 0.0))
+    throughput = look(convergence, 10 * MIB).throughput_bytes_per_second
+    assert throughput == pytest.approx(5 * MIB)
+
+
 def test_a_hiccup_counts_for_a_while() -> None:
     convergence = measured()
     calm = look(convergence, MIB).predicted_downtime_seconds
@@ -468,7 +494,11 @@ LOOKS = st.tuples(SIZES, TIMES, TIMES, TIMES)
 LIMITS = st.none() | st.integers(0, 1 << 40)
 
 
+EMPTY = RoundReport(0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
 @settings(max_examples=200)
+@example(1.0, None, [EMPTY, EMPTY, (1 << 40, 0.0, 1e-300, 24.0)])
 @given(st.floats(1e-3, 1e4), LIMITS, st.lists(REPORTS | LOOKS | LIMITS, max_size=30))
 def test_nothing_makes_it_stumble(
     budget: float, limit: int | None, events: list[RoundReport | tuple[int, float, float, float]]
@@ -480,6 +510,7 @@ def test_nothing_makes_it_stumble(
             convergence.record(event)
         elif isinstance(event, tuple):
             verdict = convergence.look(*event)
+            assert math.isfinite(verdict.dirty_rate_bytes_per_second or 0.0)
             predicted = verdict.predicted_downtime_seconds
             assert predicted is None or (math.isfinite(predicted) and predicted >= 0)
             assert verdict.within_budget is (predicted is not None and predicted <= budget)
