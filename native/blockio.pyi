@@ -9,16 +9,16 @@ class BlockDevice:
 
     Each OSError carries errno, the path as filename, and says in strerror what was attempted
     (operation, offset, length). A short transfer is EIO. EINTR is retried. Buffers must be aligned
-    to 4096 (AlignedBuffer) and offsets and lengths to the logical block size, except that a
-    transfer may end at the end of a file whose size is not a multiple (the tail is written through
-    a second, buffered descriptor). Files on a file system without O_DIRECT are accessed buffered
+    to 4096 (AlignedBuffer) and offsets and lengths to the logical block size, except that in a
+    file a transfer may end anywhere (the page it ends in is accessed through a second, buffered
+    descriptor). Nothing moves beyond the end: EIO, so files never grow. Files on a file system without O_DIRECT are accessed buffered
     (`direct` is then False): for a file that is coherent on one host.
 
     exclusive: a block device is opened with O_EXCL (EBUSY if mounted, held by device mapper or md,
     swapped on or claimed by another); a file must not be open anywhere else (lease) nor locked, and
-    is flock()ed. All calls that do I/O release the GIL and are thread-safe.
+    is flock()ed. Who opens a file later without asking for the lock is not kept out. All calls that do I/O release the GIL and are thread-safe.
     Raises OSError(ENOTBLK) for anything that is neither a block device nor a regular file, and
-    OSError(EROFS) for a read-only device if `writable`.
+    OSError(EROFS) for a read-only device, or a file that nobody may write, if `writable`.
     """
 
     def __init__(self, path: str, *, writable: bool = False, exclusive: bool = False) -> None: ...
@@ -60,13 +60,21 @@ class BlockDevice:
 
         Files: SEEK_DATA and SEEK_HOLE. A loop device is asked through its backing file, if that is
         proven to be it (device and inode of LOOP_GET_STATUS64), with offset and size limit;
-        a partition of one likewise. None where nothing is known.
+        a partition of one likewise. None where nothing is known. The device is flushed first, so the
+        answer holds for all that was written to it before the call; what is written meanwhile, or
+        lies in the page cache of a file system or partition on it, only a tracker that was started
+        before can tell. ValueError from the iterator once the device is closed.
         """
     def is_read_only(self) -> bool:
         """BLKROGET; for a file: no write permission for anybody."""
     def set_read_only(self, read_only: bool) -> None:
-        """The fence. BLKROSET; for a file remove write permission, or put back what was removed."""
-    def close(self) -> None: ...
+        """The fence. BLKROSET; for a file remove write permission, or put back what was removed.
+
+        Who has a file open already can go on writing it. What another object removed is not known
+        here: then the owner gets write permission.
+        """
+    def close(self) -> None:
+        """Close. A call that is running in another thread ends first, and then closes the device."""
     def __enter__(self) -> BlockDevice: ...
     def __exit__(
         self,

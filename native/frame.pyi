@@ -2,10 +2,11 @@
 
 Layout, little endian (the struct stands in frame_impl.h and is the reference):
 header 64 bytes: magic "WSF1", version u16, kind u16, volume u32, extent count u32, generation u64,
-sequence u64, payload length u32, flags u32, checksum 16 bytes (XXH3-128 over the header with this
-field zero, the extent table and the payload); then the extent table, 24 bytes an entry: offset u64,
-length u64, kind u32 (DATA, ZERO, DISCARD), reserved u32; then the payload of all DATA extents,
-one after the other. Extents ascend and do not overlap.
+sequence u64, payload length u32, flags u32, reserved u64, checksum 16 bytes (XXH3-128 over the header
+with this field zero, the extent table and the payload); then the extent table, 24 bytes an entry:
+offset u64, length u64, kind u32 (DATA, ZERO, DISCARD), reserved u32; then the payload of all DATA
+extents, one after the other. Extents ascend and do not overlap. Flags and reserved fields are 0.
+A frame must not be changed by another thread while it is in use here.
 """
 
 from array import array
@@ -58,7 +59,10 @@ def gather(
     extents. `scratch` must hold all of the extents. With `digests`, a writable table of
     chunk.DIGEST_BYTES for each chunk.CHUNK_BYTES of the device, the digest of each chunk is stored
     as it was read, zero chunks as ZERO_DIGEST; extents must then start and end on chunk borders
-    (or at the end of the device), else ValueError. OSError from the device.
+    (or at the end of the device), else ValueError. The table then says what was read, not what
+    arrived: a frame that is not delivered must be sent again, whatever a scan says.
+    ValueError for extents that do not ascend, overlap, are empty or together longer than
+    MAX_PAYLOAD_BYTES. OSError from the device.
     """
 
 def zeros(
@@ -84,5 +88,8 @@ def scatter(
     """Verify the frame, then write it. Nothing is written unless all of it is valid.
 
     FrameError if it is damaged, of another volume or generation, or reaches beyond `size_bytes` (the
-    volume's size, which may be less than the device's). OSError from the device.
+    volume's size, which may be less than the device's), or has extents that are not on borders of
+    the device's logical blocks; only the end of the volume may fall within one, and what is behind it
+    stays. DISCARD extents are discarded, or zeroed where the device cannot. ValueError if `scratch`
+    is smaller than the payload. OSError from the device; EIO if it is smaller than `size_bytes`.
     """

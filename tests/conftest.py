@@ -59,6 +59,12 @@ def faulty_device(resources: ExitStack) -> Callable[..., FaultyDevice]:
 
 
 @pytest.fixture
+def bare_directory(resources: ExitStack) -> Path:
+    """A directory on a file system without direct I/O, holes and zeroing."""
+    return resources.enter_context(devices.bare_directory())
+
+
+@pytest.fixture
 def mounted(resources: ExitStack) -> Callable[..., Path]:
     """`mounted(device, kind="ext4") -> Path` of a mounted new file system."""
     return _factory(resources, devices.mounted)

@@ -169,6 +169,18 @@ def mounted(device: str, kind: str = "ext4", *options: str) -> Iterator[Path]:
 
 
 @contextmanager
+def bare_directory() -> Iterator[Path]:
+    """A file system (ramfs) that knows neither direct I/O nor holes nor zeroing."""
+    require("root")
+    with scratch_directory() as directory:
+        run("mount", "-t", "ramfs", "ramfs", directory)
+        try:
+            yield directory
+        finally:
+            run("umount", directory)
+
+
+@contextmanager
 def _partitioned(path: str, size_bytes: int, sector_size: int) -> Iterator[tuple[str, ...]]:
     """Two partitions: the second begins at an odd sector, as old tools laid them out."""
     half = size_bytes // sector_size // 2
