@@ -27,6 +27,7 @@ from agent.registry import Registry
 from agent.rpc.client import open_channel
 from agent.rpc.host_service import HostServicer
 from agent.rpc.migration_service import MigrationServicer
+from agent.rpc.peer_client import PeerClient
 from agent.rpc.peer_service import PeerServicer
 from agent.rpc.server import AgentServer, Service, start_server
 
@@ -49,7 +50,9 @@ def run(config: AgentConfig, *, log_level: str = "info", as_json: bool = False) 
 async def serve(config: AgentConfig, *, as_json: bool = False) -> None:
     """Serve on this event loop until a signal comes."""
     stop = _stop_on_signals()
-    registry = Registry(config, lambda address: open_channel(address, config.tls))
+    registry = Registry(
+        config, lambda address: PeerClient(open_channel(address, config.tls), address)
+    )
     try:
         server = await start_server(config.listen, _services(config, registry), config.tls)
     except BaseException:

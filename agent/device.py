@@ -1,4 +1,4 @@
-"""Devices and image files of this host: opened, checked, identified, with errors an operator can use.
+"""Devices and image files of this host: opened, checked, identified.
 
 Owns what a path really is and whether it may be touched. Never decides what to do with the bytes.
 """
@@ -52,16 +52,23 @@ def open_device(
     path: str, allowed: tuple[str, ...], *, writable: bool = False, exclusive: bool = False
 ) -> BlockDevice:
     """Open a device or file that the configuration allows, with typed errors."""
-    check_allowed(path, allowed)
+    check_allowed(path, os.path.realpath(path), allowed)
     try:
-        return BlockDevice(path, writable=writable, exclusive=exclusive)
+        device = BlockDevice(path, writable=writable, exclusive=exclusive)
     except OSError as error:
         raise open_error(path, error) from error
+    try:
+        # What was opened, in case a link on the way was changed meanwhile.
+        check_allowed(path, os.readlink(f"/proc/self/fd/{device.fileno()}"), allowed)
+    except BaseException:
+        device.close()
+        raise
+    return device
 
 
-def check_allowed(path: str, allowed: tuple[str, ...]) -> None:
-    """Raise NotAllowed unless a pattern of the configuration matches the path."""
-    if not is_allowed(os.path.normpath(path), os.path.realpath(path), allowed):
+def check_allowed(path: str, resolved: str, allowed: tuple[str, ...]) -> None:
+    """Raise NotAllowed unless a pattern of the configuration matches the path and what it is."""
+    if not is_allowed(path, resolved, allowed):
         raise NotAllowed(
             "DEVICE_NOT_ALLOWED",
             f"{path} is not among the devices that this agent may touch; "
@@ -98,7 +105,9 @@ def io_error(side: str, error: OSError) -> WarmsyncError:
     name = errno.errorcode.get(error.errno or 0, str(error.errno))
     path = str(error.filename or "")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = f"the disk under {side} {path} is full ({error.strerror}); free space and start again"
+        message = (
+            f"the disk under {side} {path} is full ({error.strerror}); free space and start again"
+        )
         return ResourceExhausted("DISK_FULL", message, path=path, errno=name, side=side)
     message = f"{side} {path}: {error.strerror} ({name}); check the disk and the kernel log"
     return DataLoss(f"{side.upper()}_IO_ERROR", message, path=path, errno=name, side=side)

@@ -50,7 +50,7 @@ def cut(ranges: Iterable[tuple[int, int]], max_bytes: int) -> Iterator[tuple[int
 def align(
     ranges: Iterable[tuple[int, int]], unit_bytes: int, size_bytes: int
 ) -> Iterator[tuple[int, int]]:
-    """Iterate ascending ranges grown to multiples of `unit_bytes` (at most `size_bytes`), merged."""
+    """Iterate ascending ranges grown to multiples of `unit_bytes`, merged, within the size."""
     begin = end = 0
     for offset, length in ranges:
         first = offset - offset % unit_bytes

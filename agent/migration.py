@@ -132,6 +132,7 @@ class Migration:
     error: WarmsyncError | None = None
     refusal: WarmsyncError | None = None
     incomplete: bool = False
+    carrier: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Buffer, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from agent.device import io_error
 from agent.planner import Batch
 from native.blockio import BlockDevice
 from native.buffer import BufferPool
 from native.frame import gather, zeros
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class Reader:
 
     async def frames(
         self, batches: Iterator[Batch], generation: int
-    ) -> AsyncIterator[tuple[Batch, bytes]]:
+    ) -> AsyncGenerator[tuple[Batch, bytes], None]:
         """Iterate (batch, its frame) in the order of the batches. DataLoss if a read fails."""
         loop = asyncio.get_running_loop()
         ahead: deque[tuple[Batch, asyncio.Future[bytes]]] = deque()

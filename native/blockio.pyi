@@ -1,8 +1,10 @@
 """Direct I/O on block devices and regular files."""
 
 from array import array
-from collections.abc import Buffer, Iterator
+from collections.abc import Iterator
 from types import TracebackType
+
+from typing_extensions import Buffer
 
 class BlockDevice:
     """An open block device or regular file, read and written with O_DIRECT.

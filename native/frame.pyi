@@ -10,8 +10,9 @@ A frame must not be changed by another thread while it is in use here.
 """
 
 from array import array
-from collections.abc import Buffer
 from typing import NamedTuple
+
+from typing_extensions import Buffer
 
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
@@ -65,9 +66,7 @@ def gather(
     MAX_PAYLOAD_BYTES. OSError from the device.
     """
 
-def zeros(
-    extents: array[int], *, volume: int, generation: int, sequence: int
-) -> bytes:
+def zeros(extents: array[int], *, volume: int, generation: int, sequence: int) -> bytes:
     """Return a frame of ZERO extents: for holes, which need no reading."""
 
 def inspect(frame: Buffer) -> FrameHeader:

@@ -1,6 +1,6 @@
 """Whole-range passes: digest a device's chunks, and compare them with a table."""
 
-from collections.abc import Buffer
+from typing_extensions import Buffer
 
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice

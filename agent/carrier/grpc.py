@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import grpc.aio
-
-from agent.errors import Unavailable, WarmsyncError
 from warmsync.v1 import peer_service_pb2 as pb
 
-if TYPE_CHECKING:
-    from warmsync.v1.peer_service_pb2_grpc import PeerServiceAsyncStub
+from agent.errors import Unavailable, WarmsyncError
 
 WINDOW_FRAMES = 32
 """Frames under way at most: bounds the memory of both ends to about 32 MiB a migration."""
@@ -29,7 +26,7 @@ class GrpcCarrier:
 
     def __init__(
         self,
-        stub: PeerServiceAsyncStub,
+        stub: Any,
         token: str,
         decode: Callable[[grpc.aio.AioRpcError], WarmsyncError],
     ) -> None:
@@ -118,5 +115,5 @@ class GrpcCarrier:
 def _lost(detail: str) -> Unavailable:
     return Unavailable(
         "PEER_LOST",
-        f"the connection to the target was lost ({detail}); check the target's agent and the network",
+        f"the connection to the target was lost ({detail}); check its agent and the network",
     )

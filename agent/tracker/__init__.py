@@ -7,11 +7,13 @@ its marks marks everything and says why.
 
 from __future__ import annotations
 
-from collections.abc import Buffer
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from native.bitmap import DirtyBitmap
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Tracker(Protocol):
         """Begin to track. Typed errors; nothing is left behind if it fails."""
 
     def take(self, into: DirtyBitmap) -> Take:
-        """Move the marks into `into`, leaving none; a concurrent write is in this take or the next."""
+        """Move the marks into `into`; a concurrent write is in this take or in the next."""
 
     def look(self) -> int:
         """Return the bytes that are marked now, without taking them."""

@@ -57,7 +57,7 @@ def ebpf_obstacle() -> str:
 
 
 def fit_block(scheme: Scheme, size_bytes: int, block_size_bytes: int) -> int:
-    """Return the block size to track a volume with: scan marks whole chunks, bitmaps are bounded."""
+    """Return the block size to track with: scan marks whole chunks, bitmaps are bounded."""
     least = max(block_size_bytes, CHUNK_BYTES) if scheme is Scheme.SCAN else block_size_bytes
     return fit_block_size(size_bytes, least)
 
@@ -71,3 +71,18 @@ def make_tracker(
     from agent.tracker.ebpf import EbpfTracker
 
     return EbpfTracker(device, block_size_bytes, pin_dir)
+
+
+def remove_stale(directory: Path) -> list[str]:
+    """Remove pins that an earlier agent of this state directory left behind; return their names.
+
+    With the last pin of a program gone, the kernel detaches it.
+    """
+    if not directory.is_dir():
+        return []
+    stale = sorted(path for path in directory.iterdir() if path.is_dir())
+    for pin_dir in stale:
+        for pin in pin_dir.iterdir():
+            pin.unlink()
+        pin_dir.rmdir()
+    return [path.name for path in stale]

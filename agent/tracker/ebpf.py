@@ -51,7 +51,9 @@ class EbpfTracker:
         try:
             mount_bpffs(self._pin_dir)
             self._pin_dir.parent.mkdir(parents=True, exist_ok=True)
-            self._kernel = KernelTracker.attach(_watch(disk, self._block_size_bytes), str(self._pin_dir))
+            self._kernel = KernelTracker.attach(
+                _watch(disk, self._block_size_bytes), str(self._pin_dir)
+            )
         except OSError as error:
             raise FailedPrecondition(
                 "TRACKER_FAILED",
@@ -136,18 +138,6 @@ def mount_bpffs(pin_dir: Path) -> None:
     )
     if done.returncode != 0:
         raise OSError(1, f"mounting bpffs at {root}: {done.stderr.strip()}")
-
-
-def remove_stale_pins(directory: Path) -> list[str]:
-    """Remove pins that an earlier agent of this state directory left behind; return their names."""
-    if not directory.is_dir():
-        return []
-    stale = sorted(path for path in directory.iterdir() if path.is_dir())
-    for pin_dir in stale:
-        for pin in pin_dir.iterdir():
-            pin.unlink()
-        pin_dir.rmdir()
-    return [path.name for path in stale]
 
 
 def _watch(disk: DiskRange, block_size_bytes: int) -> TrackedRange:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing
 
 from agent.extent import align, complement, cut
 from agent.tracker import Take
@@ -34,7 +35,9 @@ class ScanTracker:
         self._size_bytes = device.size_bytes()
         chunks = -(-self._size_bytes // CHUNK_BYTES)
         # Private, so that a page that is only read stays the shared zero page.
-        self._table = mmap.mmap(-1, chunks * DIGEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._table = mmap.mmap(
+            -1, chunks * DIGEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
 
     @property
     def digests(self) -> mmap.mmap:
@@ -65,8 +68,8 @@ class ScanTracker:
         if not self._table.closed:
             self._table.close()
 
-    def _pool(self) -> BufferPool:
-        return BufferPool(_SCRATCH_BYTES, _THREADS)
+    def _pool(self) -> AbstractContextManager[BufferPool]:
+        return closing(BufferPool(_SCRATCH_BYTES, _THREADS))
 
     def _pass(self, into: DirtyBitmap) -> int:
         data = self._device.data_extents()

@@ -1,0 +1,114 @@
+"""The cutover: the last changes, the proof that nothing writes, the fence, the release.
+
+Owns the order of the design's rules 6 and 12: flush the source's page cache, take, send, durable,
+look again, fence, look once more, release. At each step exactly one side may be written to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import asdict, replace
+
+from agent.disk import SourceDisk, not_quiesced
+from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
+from agent.migration import DowntimeParts
+from agent.peer import Peer
+from agent.sender import Sender
+
+_log = logging.getLogger(__name__)
+
+RELEASE_SECONDS = 30.0
+"""How long the release is asked for again when the target does not answer."""
+
+_RETRY_SECONDS = 0.5
+
+
+class Cutover:
+    """One attempt. `releasing` is true from when the target may own the disk."""
+
+    def __init__(self, sender: Sender, peer: Peer, token: str) -> None:
+        self._sender = sender
+        self._peer = peer
+        self._token = token
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Nobody may be waiting for the answer any more; the migration's state has it too.
+        self.done.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._started = self._lap = time.monotonic()
+        self._parts = DowntimeParts()
+        self.releasing = False
+
+    async def run(self) -> None:
+        """Do it. NOT_QUIESCED (FailedPrecondition): undone, syncing may go on."""
+        sender = self._sender
+        self._note("finish_round")
+        await sender.on_disks(SourceDisk.check_unclaimed)
+        await sender.on_disks(SourceDisk.flush)
+        self._note("source_flush")
+        taken = await sender.take(flush=False)
+        self._note("take")
+        report = await sender.send_dirty(taken)
+        self._note("send", minus_seconds=report.flush_seconds)
+        self._parts = replace(self._parts, target_flush=report.flush_seconds)
+        await self._prove_quiesced()
+        self._note("check")
+        await self._release()
+        self._note("release")
+        sender.note(downtime_seconds=time.monotonic() - self._started, downtime_parts=self._parts)
+
+    async def _prove_quiesced(self) -> None:
+        """Look; fence; look again, for what was in flight when the fence went up."""
+        sender = self._sender
+        # A pass over the device is only paid for once, unless the fence would hurt a running VM:
+        # the write permission of a file does not matter to who has it open.
+        if any(disk.tracker.looks_cheaply or disk.device.is_block_device for disk in sender.disks):
+            await self._look()
+        try:
+            await sender.on_disks(SourceDisk.fence)
+            await sender.on_disks(SourceDisk.flush)
+            await self._look()
+        except BaseException:
+            await sender.on_disks(SourceDisk.unfence)
+            raise
+
+    async def _look(self) -> None:
+        marked = await self._sender.on_disks(SourceDisk.look)
+        for disk, size_bytes in zip(self._sender.disks, marked, strict=True):
+            if size_bytes:
+                raise not_quiesced(
+                    disk.volume.source, f"{size_bytes} bytes were written during the cutover"
+                )
+
+    async def _release(self) -> None:
+        """Ask until there is an answer: from the first try on only the target knows who owns."""
+        self.releasing = True
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while True:
+            try:
+                await self._peer.release(self._token, self._sender.generation)
+                return
+            except Unavailable as error:
+                if time.monotonic() > deadline:
+                    raise _unknown_owner(self._peer.address) from error
+                _log.warning('release not answered yet, asking again reason="%s"', error)
+            except WarmsyncError:
+                self.releasing = False  # the target answered: it has not been released
+                raise
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    def _note(self, part: str, *, minus_seconds: float = 0.0) -> None:
+        now = time.monotonic()
+        spent = asdict(self._parts)[part] + now - self._lap - minus_seconds
+        self._parts = replace(self._parts, **{part: spent})
+        self._lap = now
+
+
+def _unknown_owner(address: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        "OWNER_UNKNOWN",
+        f"the target at {address} did not answer the release, so it may own the disks; the source "
+        "stays fenced. Ask it (warmsync show): if it is CUT_OVER, boot there; if not, lift the "
+        "source's fence (blockdev --setrw) and boot here",
+        peer=address,
+    )

@@ -1,0 +1,141 @@
+"""One source volume: its device, its tracker, and what may differ from the target.
+
+Owns the order that the correctness rules ask of a take (flush, take, then read) and the fence.
+All calls block: run them on a thread. Never talks to the target.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.device import identities, io_error, is_claimed, map_data, open_device
+from agent.errors import FailedPrecondition, InvalidArgument
+from agent.migration import Identity, Scheme, Volume
+from agent.tracker import Take, Tracker
+from agent.tracker.choice import fit_block, make_tracker
+from native.bitmap import DirtyBitmap
+from native.blockio import BlockDevice
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSource:
+    """A source device that was found fit, before tracking starts."""
+
+    volume: Volume
+    device: BlockDevice
+    identities: tuple[Identity, ...]
+
+
+def open_source(volume: Volume, allowed: tuple[str, ...]) -> OpenSource:
+    """Open a source for reading. The domain's errors; nothing is left open if it fails."""
+    device = open_device(volume.source, allowed)
+    try:
+        size_bytes = device.size_bytes()
+        if size_bytes == 0:
+            raise InvalidArgument(
+                "EMPTY_DEVICE", f"{volume.source} has no bytes; name another", path=volume.source
+            )
+        if device.is_block_device and device.is_read_only():
+            _log.warning("source is read-only already path=%s", volume.source)
+        sized = Volume(volume.source, volume.target, size_bytes, 0)
+        return OpenSource(sized, device, identities(volume.source))
+    except BaseException:
+        device.close()
+        raise
+
+
+class SourceDisk:
+    """A volume being tracked; `pending` marks what may differ from the target."""
+
+    def __init__(
+        self, source: OpenSource, scheme: Scheme, block_size_bytes: int, pin_dir: Path
+    ) -> None:
+        size_bytes = source.volume.size_bytes
+        block = fit_block(scheme, size_bytes, block_size_bytes)
+        self.volume = Volume(source.volume.source, source.volume.target, size_bytes, block)
+        self.device = source.device
+        self.tracker: Tracker = make_tracker(scheme, source.device, block, pin_dir)
+        self.pending = DirtyBitmap(size_bytes, block)
+        self._fenced = False
+
+    def start(self) -> None:
+        """Start tracking. From here on every write is noticed, and everything is to be sent."""
+        self.tracker.start()
+        self.pending.set_all()
+
+    def map_data(self) -> DirtyBitmap:
+        """Return what may hold data; all else reads as zeros. Asked after tracking has started."""
+        return map_data(self.device, self.volume.size_bytes, self.volume.block_size_bytes)
+
+    def take(self, *, flush: bool) -> Take:
+        """Move the tracker's marks into `pending`; `flush`: after what is buffered passed it."""
+        self.check_size()
+        try:
+            if flush:
+                self.device.flush()
+            return self.tracker.take(self.pending)
+        except OSError as error:
+            raise io_error("source", error) from error
+
+    def flush(self) -> None:
+        """Write back what the host's page cache holds for the device, past the tracker."""
+        try:
+            self.device.flush()
+        except OSError as error:
+            raise io_error("source", error) from error
+
+    def look(self) -> int:
+        """Return the bytes marked since the last take."""
+        try:
+            return self.tracker.look()
+        except OSError as error:
+            raise io_error("source", error) from error
+
+    def check_size(self) -> None:
+        """Raise FailedPrecondition if the device is not as large as it was."""
+        size_bytes = self.device.size_bytes()
+        if size_bytes != self.volume.size_bytes:
+            raise FailedPrecondition(
+                "SOURCE_SIZE_CHANGED",
+                f"{self.volume.source} had {self.volume.size_bytes} bytes, now it has {size_bytes}; "
+                "start a new migration",
+                path=self.volume.source,
+                size_bytes=size_bytes,
+                expected_bytes=self.volume.size_bytes,
+            )
+
+    def check_unclaimed(self) -> None:
+        """Raise FailedPrecondition if the device is mounted or held: the guest still has it."""
+        if is_claimed(self.volume.source):
+            raise not_quiesced(self.volume.source, "it is mounted or held by another device")
+
+    def fence(self) -> None:
+        """Make the source read-only: the old VM cannot write again. Safe to call twice."""
+        if not self._fenced:
+            self.device.set_read_only(True)
+            self._fenced = True
+
+    def unfence(self) -> None:
+        """Lift the fence, if it is up."""
+        if self._fenced:
+            self.device.set_read_only(False)
+            self._fenced = False
+
+    def close(self) -> None:
+        """Stop tracking and close the device; a fence stays up. Safe to call twice."""
+        self.tracker.stop()
+        self.device.close()
+
+
+def not_quiesced(path: str, detail: str) -> FailedPrecondition:
+    """Return the refusal of a cutover whose source is still in use."""
+    return FailedPrecondition(
+        "NOT_QUIESCED",
+        f"the source {path} is still in use: {detail}; power the VM down, then cut over again "
+        "(syncing goes on)",
+        path=path,
+    )

@@ -1,0 +1,326 @@
+"""All migrations of one agent, at both ends.
+
+Owns who may start, which devices are taken by which migration, and the threads and buffers that
+all share. Drives nothing itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Container
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+from agent.bell import Bell
+from agent.config import AgentConfig
+from agent.device import boot_id
+from agent.disk import OpenSource, SourceDisk, open_source
+from agent.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    WarmsyncError,
+)
+from agent.migration import PROTOCOL_VERSION, Identity, Plan, Role, Scheme, Totals, check_plan
+from agent.peer import Peer, SessionRequest
+from agent.sender import Workshop
+from agent.source import Prepared, SourceMigration
+from agent.state import State
+from agent.target import TargetSession, open_targets
+from agent.tracker.choice import choose_scheme, fit_block, remove_stale
+from native.buffer import BufferPool
+from native.frame import MAX_PAYLOAD_BYTES
+
+_log = logging.getLogger(__name__)
+
+End: TypeAlias = SourceMigration | TargetSession
+
+
+class Registry:
+    """Creates, finds and forgets migrations. `connect` makes the peer of an address."""
+
+    def __init__(self, config: AgentConfig, connect: Callable[[str], Peer]) -> None:
+        self.config = config
+        self._connect = connect
+        threads = config.transfer.threads
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="io")
+        self._pool = BufferPool(2 * MAX_PAYLOAD_BYTES, threads)
+        self._workshop = Workshop(self._threads, self._pool, config.transfer.read_ahead_frames)
+        self._sources: dict[str, SourceMigration] = {}
+        self._targets: dict[str, TargetSession] = {}
+        # Devices of migrations that have not ended, and ids being created.
+        self._taken: dict[tuple[Role, str], list[Identity]] = {}
+        self._started = 0
+        self._closed = asyncio.Event()
+        digest = hashlib.sha256(os.path.realpath(config.state_dir).encode()).hexdigest()
+        self._pins = Path(config.bpffs_dir) / digest[:12]
+        for name in remove_stale(self._pins):
+            _log.warning("removed a tracker that an earlier agent left behind name=%s", name)
+
+    @property
+    def workshop(self) -> Workshop:
+        """What all migrations share."""
+        return self._workshop
+
+    def totals(self) -> Totals:
+        """Return the totals since the agent started, of migrations that it is the source of."""
+        states = [source.state for source in self._sources.values()]
+        handed_over = (State.CUT_OVER, State.COMPLETED, State.ROLLED_BACK)
+        return Totals(
+            migrations_started=self._started,
+            migrations_cut_over=sum(state in handed_over for state in states),
+            migrations_failed=sum(state is State.FAILED for state in states),
+            sent_bytes=sum(s.snapshot().progress.sent_bytes for s in self._sources.values()),
+        )
+
+    def all(self) -> list[End]:
+        """Return all ends, sorted by id."""
+        ends: list[End] = [*self._sources.values(), *self._targets.values()]
+        return sorted(ends, key=lambda end: (end.id, end.snapshot().role))
+
+    def get(self, name: str) -> End:
+        """Return a migration by its id; the source's end where this agent is both. NotFound."""
+        end = self._sources.get(name) or self._targets.get(name)
+        if end is None:
+            raise NotFound(
+                "MIGRATION_NOT_FOUND",
+                f"there is no migration {name!r} on this agent; `warmsync list` shows all",
+                id=name,
+            )
+        return end
+
+    def get_source(self, name: str) -> SourceMigration:
+        """Return a migration that this agent is the source of: only there it can be steered."""
+        end = self.get(name)
+        if isinstance(end, TargetSession):
+            raise FailedPrecondition(
+                "NOT_THE_SOURCE",
+                f"this agent is the target of migration {name}; ask the agent of its source",
+                id=name,
+            )
+        return end
+
+    def session(self, token: str) -> TargetSession:
+        """Return the session of a token. NotFound."""
+        for session in self._targets.values():
+            if session.token == token:
+                return session
+        raise NotFound("SESSION_NOT_FOUND", "this agent has no such session; start a new migration")
+
+    async def create(self, plan: Plan) -> SourceMigration:
+        """Check everything on both hosts and start. Whatever fails leaves nothing behind."""
+        check_plan(plan)
+        self._reserve(Role.SOURCE, plan.id, self._sources)
+        prepared: Prepared | None = None
+        try:
+            prepared = await self._prepare(plan)
+            migration = SourceMigration(prepared, self._workshop)
+        finally:
+            if prepared is None:
+                del self._taken[Role.SOURCE, plan.id]
+        self._sources[plan.id] = migration
+        self._started += 1
+        migration.start()
+        return migration
+
+    async def open_session(self, request: SessionRequest) -> TargetSession:
+        """Check and claim the target devices of a migration, all or none."""
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise FailedPrecondition(
+                "PROTOCOL_MISMATCH",
+                f"the source speaks protocol {request.protocol_version}, this agent "
+                f"{PROTOCOL_VERSION}; run the same version of warmsync on both hosts",
+            )
+        check_plan(Plan(request.migration_id, "", request.volumes))
+        self._reserve(Role.TARGET, request.migration_id, self._targets)
+        session: TargetSession | None = None
+        try:
+            devices = await asyncio.to_thread(
+                open_targets, request, self.config.allow_devices, boot_id()
+            )
+            try:
+                session = TargetSession(request, devices, self._threads, self._pool)
+                self._take(Role.TARGET, session.id, session.identities)
+            except BaseException:
+                session = None
+                for device in devices:
+                    device.close()
+                raise
+        finally:
+            if session is None:
+                del self._taken[Role.TARGET, request.migration_id]
+        self._targets[session.id] = session
+        _log.info("session opened id=%s", session.id)
+        return session
+
+    async def wait(self, bell: Bell, seen: int) -> None:
+        """Wait for a migration to change; Unavailable when the agent stops meanwhile."""
+        change = asyncio.ensure_future(bell.wait(seen))
+        stop = asyncio.ensure_future(self._closed.wait())
+        try:
+            await asyncio.wait([change, stop], return_when=asyncio.FIRST_COMPLETED)
+            if not change.done():
+                raise _stopping()
+        finally:
+            change.cancel()
+            stop.cancel()
+
+    def forget(self, name: str) -> None:
+        """Drop an ended migration. FailedPrecondition while it has not ended."""
+        end = self.get(name)
+        if not end.state.is_terminal:
+            raise FailedPrecondition(
+                "NOT_ENDED",
+                f"migration {name} is {end.state}; cancel or finish it before deleting it",
+                id=name,
+                state=end.state,
+            )
+        role = end.snapshot().role
+        self._taken.pop((role, name), None)
+        (self._sources if role is Role.SOURCE else self._targets).pop(name)
+
+    async def close(self) -> None:
+        """End what is not cut over, at both ends, and give everything back. Once only."""
+        self._closed.set()
+        stopping = _stopping()
+        await asyncio.gather(*(source.close(stopping) for source in self._sources.values()))
+        for session in self._targets.values():
+            session.close(stopping)
+        await asyncio.to_thread(self._threads.shutdown)
+        self._pool.close()
+        with suppress(OSError):  # never made, or not empty: then the next start tidies up
+            self._pins.rmdir()
+
+    async def _prepare(self, plan: Plan) -> Prepared:
+        sources = await self._open_sources(plan)
+        disks: list[SourceDisk] = []
+        peer: Peer | None = None
+        token = ""
+        try:
+            self._take(Role.SOURCE, plan.id, [one for s in sources for one in s.identities])
+            scheme, reason = await asyncio.to_thread(
+                choose_scheme, plan.scheme, [source.device for source in sources]
+            )
+            peer = self._connect(plan.peer)
+            token = await peer.open_session(_request(plan, sources, scheme))
+            for i, source in enumerate(sources):
+                pin_dir = self._pins / f"{plan.id}-{i}"
+                disks.append(SourceDisk(source, scheme, plan.block_size_bytes, pin_dir))
+                await asyncio.to_thread(disks[-1].start)
+        except BaseException as error:
+            await self._undo(sources, disks, peer, token, error)
+            raise
+        return Prepared(plan, scheme, reason, disks, peer, token)
+
+    async def _open_sources(self, plan: Plan) -> list[OpenSource]:
+        sources: list[OpenSource] = []
+        try:
+            for volume in plan.volumes:
+                allowed = self.config.allow_devices
+                sources.append(await asyncio.to_thread(open_source, volume, allowed))
+                _check_disjoint(sources)
+        except BaseException:
+            for source in sources:
+                source.device.close()
+            raise
+        return sources
+
+    async def _undo(
+        self,
+        sources: list[OpenSource],
+        disks: list[SourceDisk],
+        peer: Peer | None,
+        token: str,
+        error: BaseException,
+    ) -> None:
+        for disk in disks:
+            await asyncio.to_thread(disk.close)
+        for source in sources:
+            source.device.close()
+        if peer is not None:
+            if token:
+                with suppress(WarmsyncError):  # the error that led here is the one to report
+                    await peer.abort(token, str(error), cancelled=False)
+            await peer.close()
+
+    def _reserve(self, role: Role, name: str, existing: Container[str]) -> None:
+        if self._closed.is_set():
+            raise _stopping()
+        self._tidy()
+        if name in existing or (role, name) in self._taken:
+            raise AlreadyExists(
+                "MIGRATION_EXISTS",
+                f"there is a migration {name!r} already; choose another id, or delete it once it "
+                "has ended",
+                id=name,
+            )
+        if len(self._taken) >= self.config.limits.max_migrations:
+            raise ResourceExhausted(
+                "TOO_MANY_MIGRATIONS",
+                f"this agent has {len(self._taken)} migrations under way, its limit; wait for one "
+                "to end or raise limits.max_migrations",
+                limit=self.config.limits.max_migrations,
+            )
+        self._taken[role, name] = []
+
+    def _take(self, role: Role, name: str, wanted: list[Identity]) -> None:
+        for (other_role, other), held in self._taken.items():
+            if (other_role, other) != (role, name):
+                for one in wanted:
+                    if any(one.overlaps(taken) for taken in held):
+                        raise FailedPrecondition(
+                            "DEVICE_IN_MIGRATION",
+                            f"migration {other} has the device already ({one.device}); "
+                            "end that one first",
+                            id=other,
+                            device=one.device,
+                        )
+        self._taken[role, name] = wanted
+
+    def _tidy(self) -> None:
+        """Give back the devices of migrations that have ended."""
+        for end in self.all():
+            if end.state.is_terminal:
+                self._taken.pop((end.snapshot().role, end.id), None)
+
+
+def _stopping() -> Unavailable:
+    return Unavailable(
+        "AGENT_STOPPED", "the agent was stopped; start a new migration when it is back"
+    )
+
+
+def _request(plan: Plan, sources: list[OpenSource], scheme: Scheme) -> SessionRequest:
+    volumes = []
+    for source in sources:
+        block = fit_block(scheme, source.volume.size_bytes, plan.block_size_bytes)
+        volumes.append(replace(source.volume, block_size_bytes=block))
+    return SessionRequest(
+        migration_id=plan.id,
+        protocol_version=PROTOCOL_VERSION,
+        boot_id=boot_id(),
+        volumes=tuple(volumes),
+        source_identities=tuple(source.identities for source in sources),
+    )
+
+
+def _check_disjoint(sources: list[OpenSource]) -> None:
+    new = sources[-1]
+    for other in sources[:-1]:
+        if any(a.overlaps(b) for a in new.identities for b in other.identities):
+            raise InvalidArgument(
+                "DUPLICATE_DEVICE",
+                f"{new.volume.source} and {other.volume.source} share their bytes; "
+                "name each device once",
+                path=new.volume.source,
+                other=other.volume.source,
+            )

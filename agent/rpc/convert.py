@@ -1,0 +1,162 @@
+"""The domain's values as messages, and requests as the domain's values."""
+
+from __future__ import annotations
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from warmsync.v1 import migration_pb2, migration_service_pb2
+
+from agent.errors import InvalidArgument
+from agent.migration import Comparison, Migration, Plan, Progress, Role, Scheme, Volume
+from agent.rpc.errors import to_status
+
+DEFAULT_BLOCK_BYTES = 4096
+DEFAULT_DOWNTIME_SECONDS = 0.5
+PREFIX = "migrations/"
+
+_SCHEMES = {
+    migration_pb2.TRACKER_UNSPECIFIED: Scheme.AUTO,
+    migration_pb2.TRACKER_AUTO: Scheme.AUTO,
+    migration_pb2.TRACKER_EBPF: Scheme.EBPF,
+    migration_pb2.TRACKER_QEMU: Scheme.QEMU,
+    migration_pb2.TRACKER_SCAN: Scheme.SCAN,
+}
+_TRACKERS = {scheme: number for number, scheme in _SCHEMES.items()}
+_CARRIERS = {"grpc": migration_pb2.CARRIER_GRPC, "tcp": migration_pb2.CARRIER_TCP}
+_STATES = {
+    name.removeprefix("STATE_"): migration_pb2.State(number)
+    for name, number in migration_pb2.State.items()
+}
+_ROLES = {Role.SOURCE: migration_pb2.ROLE_SOURCE, Role.TARGET: migration_pb2.ROLE_TARGET}
+
+
+def id_of(name: str) -> str:
+    """Return the id in a resource name, migrations/{id}."""
+    if not name.startswith(PREFIX):
+        raise InvalidArgument(
+            "INVALID_NAME", f"resource name {name!r} is not valid; use migrations/ID", name=name
+        )
+    return name.removeprefix(PREFIX)
+
+
+def to_plan(request: migration_service_pb2.CreateMigrationRequest, chosen_id: str) -> Plan:
+    """Return what a request asks for; 0 and unset stand for the defaults."""
+    wanted = request.migration
+    scheme = _SCHEMES.get(wanted.tracker)
+    if scheme is None:
+        raise InvalidArgument(
+            "INVALID_TRACKER", f"there is no tracker {wanted.tracker}; use auto, ebpf or scan"
+        )
+    return Plan(
+        id=request.migration_id or chosen_id,
+        peer=wanted.peer,
+        volumes=tuple(Volume(one.source, one.target) for one in wanted.volumes),
+        scheme=scheme,
+        block_size_bytes=wanted.block_size_bytes or DEFAULT_BLOCK_BYTES,
+        # Absent is the default; what is there and zero can never be met, and is refused.
+        max_downtime_seconds=wanted.max_downtime_seconds
+        if wanted.HasField("max_downtime_seconds")
+        else DEFAULT_DOWNTIME_SECONDS,
+        limit_bytes_per_second=wanted.bandwidth_limit_bytes_per_second,
+    )
+
+
+def to_message(migration: Migration) -> migration_pb2.Migration:
+    """Return a migration as its resource."""
+    plan = migration.plan
+    history = [
+        migration_pb2.Transition(state=_state(event.state), time=_time(event.at_seconds))
+        for event in migration.history
+    ]
+    message = migration_pb2.Migration(
+        name=PREFIX + plan.id,
+        role=_ROLES[migration.role],
+        state=_state(migration.state),
+        peer=plan.peer,
+        volumes=[_volume(volume) for volume in plan.volumes],
+        tracker_reason=migration.scheme_reason,
+        block_size_bytes=plan.block_size_bytes,
+        max_downtime_seconds=plan.max_downtime_seconds,
+        bandwidth_limit_bytes_per_second=plan.limit_bytes_per_second,
+        progress=_progress(migration.progress),
+        history=history,
+        create_time=history[0].time,
+        update_time=history[-1].time,
+        incomplete=migration.incomplete,
+    )
+    if migration.scheme is not None:
+        message.tracker = _TRACKERS[migration.scheme]
+    if migration.carrier:
+        message.carrier = _CARRIERS[migration.carrier]
+    if migration.error is not None:
+        message.error.CopyFrom(to_status(migration.error))
+    if migration.refusal is not None:
+        message.last_refusal.CopyFrom(to_status(migration.refusal))
+    return message
+
+
+def to_comparison(found: Comparison) -> migration_service_pb2.VerifyMigrationResponse:
+    """Return the progress of a comparison."""
+    return migration_service_pb2.VerifyMigrationResponse(
+        compared_bytes=found.compared_bytes,
+        total_bytes=found.total_bytes,
+        pending_bytes=found.pending_bytes,
+        mismatched_bytes=found.mismatched_bytes,
+        mismatches=[
+            migration_service_pb2.Mismatch(
+                source=one.source, offset_bytes=one.offset_bytes, length_bytes=one.length_bytes
+            )
+            for one in found.mismatches
+        ],
+        done=found.done,
+    )
+
+
+def _progress(progress: Progress) -> migration_pb2.Progress:
+    parts = progress.downtime_parts
+    message = migration_pb2.Progress(
+        rounds=progress.rounds,
+        sent_bytes=progress.sent_bytes,
+        total_bytes=progress.total_bytes,
+        round_bytes=progress.round_bytes,
+        round_done_bytes=progress.round_done_bytes,
+        dirty_bytes=progress.dirty_bytes,
+        throughput_bytes_per_second=progress.throughput_bytes_per_second,
+        dirty_rate_bytes_per_second=progress.dirty_rate_bytes_per_second,
+        predicted_downtime_seconds=progress.predicted_downtime_seconds,
+        downtime_seconds=progress.downtime_seconds,
+        stalled=progress.stalled,
+        advice=progress.advice,
+        suspect_volumes=progress.suspect_volumes,
+    )
+    if progress.downtime_seconds is not None:
+        message.downtime_parts.CopyFrom(
+            migration_pb2.DowntimeParts(
+                finish_round_seconds=parts.finish_round,
+                source_flush_seconds=parts.source_flush,
+                take_seconds=parts.take,
+                send_seconds=parts.send,
+                target_flush_seconds=parts.target_flush,
+                check_seconds=parts.check,
+                release_seconds=parts.release,
+            )
+        )
+    return message
+
+
+def _volume(volume: Volume) -> migration_pb2.Volume:
+    return migration_pb2.Volume(
+        source=volume.source,
+        target=volume.target,
+        size_bytes=volume.size_bytes,
+        block_size_bytes=volume.block_size_bytes,
+    )
+
+
+def _state(name: str) -> migration_pb2.State:
+    return _STATES[name]
+
+
+def _time(at_seconds: float) -> Timestamp:
+    time = Timestamp()
+    time.FromNanoseconds(round(at_seconds * 1e9))
+    return time

@@ -1,0 +1,163 @@
+"""MigrationService: what controllers call."""
+
+# Method names and arguments are those of the protocol.
+# ruff: noqa: ARG002, N802
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+from warmsync.v1 import migration_pb2, migration_service_pb2_grpc
+from warmsync.v1 import migration_service_pb2 as pb
+
+from agent.errors import InvalidArgument
+from agent.registry import Registry
+from agent.rpc.convert import id_of, to_comparison, to_message, to_plan
+from agent.source import SourceMigration
+
+WATCH_SECONDS = 0.1
+"""Least time between two messages of a watch, so that progress does not flood the controller."""
+
+_MUTABLE = ("bandwidth_limit_bytes_per_second", "max_downtime_seconds")
+_MAX_PAGE = 1000
+_DEFAULT_PAGE = 100
+
+
+class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
+    """Serves controllers. Method names are those of the protocol."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def CreateMigration(
+        self, request: pb.CreateMigrationRequest, context: Any
+    ) -> migration_pb2.Migration:
+        """Check everything on both hosts, then start."""
+        plan = to_plan(request, f"m-{secrets.token_hex(4)}")
+        # A caller that hangs up in the middle must not leave half of it behind.
+        migration = await asyncio.shield(self._registry.create(plan))
+        return to_message(migration.snapshot())
+
+    async def GetMigration(
+        self, request: pb.GetMigrationRequest, context: Any
+    ) -> migration_pb2.Migration:
+        """Return a migration, at either end."""
+        return to_message(self._registry.get(id_of(request.name)).snapshot())
+
+    async def ListMigrations(
+        self, request: pb.ListMigrationsRequest, context: Any
+    ) -> pb.ListMigrationsResponse:
+        """Return a page, sorted by id."""
+        ends = self._registry.all()
+        first = _parse_token(request.page_token)
+        last = first + min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
+        return pb.ListMigrationsResponse(
+            migrations=[to_message(end.snapshot()) for end in ends[first:last]],
+            next_page_token=str(last) if last < len(ends) else "",
+        )
+
+    async def UpdateMigration(
+        self, request: pb.UpdateMigrationRequest, context: Any
+    ) -> migration_pb2.Migration:
+        """Change the limit or the budget while running."""
+        wanted = request.migration
+        migration = self._source(wanted.name)
+        paths = list(request.update_mask.paths)
+        for path in paths:
+            if path not in _MUTABLE:
+                raise InvalidArgument(
+                    "IMMUTABLE_FIELD",
+                    f"field {path!r} cannot be changed; {' and '.join(_MUTABLE)} can",
+                    field=path,
+                )
+        limit, budget = (getattr(wanted, name) if name in paths else None for name in _MUTABLE)
+        migration.update(limit, budget)
+        return to_message(migration.snapshot())
+
+    async def DeleteMigration(self, request: pb.DeleteMigrationRequest, context: Any) -> Empty:
+        """Forget a migration that has ended."""
+        self._registry.forget(id_of(request.name))
+        return Empty()
+
+    async def WatchMigration(
+        self, request: pb.WatchMigrationRequest, context: Any
+    ) -> AsyncIterator[pb.WatchMigrationResponse]:
+        """Stream the migration whenever it changed, until it has ended."""
+        end = self._registry.get(id_of(request.name))
+        while True:
+            seen = end.bell.count
+            migration = end.snapshot()
+            yield pb.WatchMigrationResponse(migration=to_message(migration))
+            if end.state.is_terminal and end.state == migration.state:
+                return
+            await asyncio.sleep(WATCH_SECONDS)
+            await self._registry.wait(end.bell, seen)
+
+    async def PauseMigration(
+        self, request: pb.PauseMigrationRequest, context: Any
+    ) -> migration_pb2.Migration:
+        """Stop sending; tracking goes on."""
+        migration = self._source(request.name)
+        migration.pause()
+        return to_message(migration.snapshot())
+
+    async def ResumeMigration(
+        self, request: pb.ResumeMigrationRequest, context: Any
+    ) -> migration_pb2.Migration:
+        """Go on."""
+        migration = self._source(request.name)
+        migration.resume()
+        return to_message(migration.snapshot())
+
+    async def CancelMigration(
+        self, request: pb.CancelMigrationRequest, context: Any
+    ) -> migration_pb2.Migration:
+        """Stop and release the target, marked incomplete."""
+        return await self._finish(request.name, "cancel")
+
+    async def CutOverMigration(
+        self, request: pb.CutOverMigrationRequest, context: Any
+    ) -> migration_pb2.Migration:
+        """Return once the target is durable and released."""
+        migration = self._source(request.name)
+        await migration.cut_over(force=request.force)
+        return to_message(migration.snapshot())
+
+    async def RollBackMigration(
+        self, request: pb.RollBackMigrationRequest, context: Any
+    ) -> migration_pb2.Migration:
+        """Make the source the owner again."""
+        return await self._finish(request.name, "roll_back")
+
+    async def FinishMigration(
+        self, request: pb.FinishMigrationRequest, context: Any
+    ) -> migration_pb2.Migration:
+        """End a migration that was cut over."""
+        return await self._finish(request.name, "finish")
+
+    async def VerifyMigration(
+        self, request: pb.VerifyMigrationRequest, context: Any
+    ) -> AsyncIterator[pb.VerifyMigrationResponse]:
+        """Compare both ends; stream the progress, then the result."""
+        async for comparison in self._source(request.name).verify():
+            yield to_comparison(comparison)
+
+    def _source(self, name: str) -> SourceMigration:
+        return self._registry.get_source(id_of(name))
+
+    async def _finish(self, name: str, command: str) -> migration_pb2.Migration:
+        """Run a command to its end, also if the caller hangs up meanwhile."""
+        migration = self._source(name)
+        await asyncio.shield(asyncio.ensure_future(getattr(migration, command)()))
+        return to_message(migration.snapshot())
+
+
+def _parse_token(token: str) -> int:
+    if token and not token.isdecimal():
+        raise InvalidArgument(
+            "INVALID_PAGE_TOKEN", f"page token {token!r} is none of this agent's", token=token
+        )
+    return int(token or 0)

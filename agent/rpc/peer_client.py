@@ -1,0 +1,103 @@
+"""The target's agent, as a source calls it: `agent.peer.Peer` over gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc.aio
+from warmsync.v1 import peer_service_pb2 as pb
+from warmsync.v1.peer_service_pb2_grpc import PeerServiceStub
+
+from agent.carrier import Carrier
+from agent.carrier.grpc import GrpcCarrier
+from agent.migration import Identity, Volume
+from agent.peer import SessionRequest
+from agent.rpc.errors import calling, from_rpc_error
+
+CALL_SECONDS = 30.0
+"""Opening includes claiming devices; the release a last flush: still quick."""
+
+
+class PeerClient:
+    """A connection to one target agent."""
+
+    def __init__(self, channel: grpc.aio.Channel, address: str) -> None:
+        self._channel = channel
+        self._address = address
+        self._stub = PeerServiceStub(channel)
+
+    @property
+    def address(self) -> str:
+        """Where it is reached."""
+        return self._address
+
+    async def open_session(self, request: SessionRequest) -> str:
+        """See `agent.peer.Peer`."""
+        message = pb.OpenSessionRequest(
+            migration_id=request.migration_id,
+            protocol_version=request.protocol_version,
+            boot_id=request.boot_id,
+            volumes=[
+                _volume(volume, known)
+                for volume, known in zip(request.volumes, request.source_identities, strict=True)
+            ],
+        )
+        with calling(self._address):
+            answer = await self._stub.OpenSession(message, timeout=CALL_SECONDS)
+        return str(answer.session_token)
+
+    async def open_carrier(self, token: str) -> Carrier:
+        """See `agent.peer.Peer`."""
+        carrier = GrpcCarrier(self._stub, token, lambda error: from_rpc_error(error, self._address))
+        await carrier.open()
+        return carrier
+
+    async def digests(self, token: str, volume: int) -> AsyncIterator[tuple[int, bytes]]:
+        """See `agent.peer.Peer`."""
+        request = pb.DigestVolumeRequest(session_token=token, volume=volume)
+        with calling(self._address):
+            async for answer in self._stub.DigestVolume(request):
+                yield answer.offset_bytes, answer.digests
+
+    async def release(self, token: str, generation: int) -> None:
+        """See `agent.peer.Peer`."""
+        request = pb.ReleaseSessionRequest(session_token=token, generation=generation)
+        with calling(self._address):
+            await self._stub.ReleaseSession(request, timeout=CALL_SECONDS)
+
+    async def abort(self, token: str, reason: str, *, cancelled: bool) -> None:
+        """See `agent.peer.Peer`."""
+        request = pb.AbortSessionRequest(session_token=token, reason=reason, cancelled=cancelled)
+        with calling(self._address):
+            await self._stub.AbortSession(request, timeout=CALL_SECONDS)
+
+    async def reclaim(self, token: str) -> None:
+        """See `agent.peer.Peer`."""
+        with calling(self._address):
+            request = pb.ReclaimSessionRequest(session_token=token)
+            await self._stub.ReclaimSession(request, timeout=CALL_SECONDS)
+
+    async def finish(self, token: str) -> None:
+        """See `agent.peer.Peer`."""
+        with calling(self._address):
+            request = pb.FinishSessionRequest(session_token=token)
+            await self._stub.FinishSession(request, timeout=CALL_SECONDS)
+
+    async def close(self) -> None:
+        """See `agent.peer.Peer`."""
+        await self._channel.close()
+
+
+def _volume(volume: Volume, identities: tuple[Identity, ...]) -> pb.SessionVolume:
+    return pb.SessionVolume(
+        source=volume.source,
+        target=volume.target,
+        size_bytes=volume.size_bytes,
+        block_size_bytes=volume.block_size_bytes,
+        source_identities=[
+            pb.DeviceIdentity(
+                device=one.device, start_bytes=one.start_bytes, length_bytes=one.length_bytes
+            )
+            for one in identities
+        ],
+    )

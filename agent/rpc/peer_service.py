@@ -1,0 +1,190 @@
+"""PeerService: what the source's agent calls on the target's."""
+
+# Method names and arguments are those of the protocol.
+# ruff: noqa: ARG002, N802
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+from warmsync.v1 import peer_service_pb2 as pb
+from warmsync.v1 import peer_service_pb2_grpc
+
+from agent.carrier.grpc import WINDOW_FRAMES
+from agent.errors import DataLoss, InvalidArgument, WarmsyncError
+from agent.migration import Identity, Volume
+from agent.peer import SessionRequest
+from agent.registry import Registry
+from agent.target import TargetSession
+
+
+class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
+    """Serves sources. Method names are those of the protocol."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def OpenSession(
+        self, request: pb.OpenSessionRequest, context: Any
+    ) -> pb.OpenSessionResponse:
+        """Check and claim the target devices, all or none."""
+        session = await self._registry.open_session(_session_request(request))
+        return pb.OpenSessionResponse(session_token=session.token)
+
+    async def Transfer(
+        self, requests: AsyncIterator[pb.TransferRequest], context: Any
+    ) -> AsyncIterator[pb.TransferResponse]:
+        """Receive frames until the session is released or given up."""
+        first = await anext(requests, pb.TransferRequest())
+        session = self._registry.session(first.session_token)
+        session.begin_stream()
+        inlet = _Inlet(session)
+        feeder = asyncio.create_task(inlet.feed(requests))
+        failure: WarmsyncError | None = None
+        try:
+            async for answer in inlet.answers():
+                yield answer
+            await feeder
+        except WarmsyncError as error:
+            failure = error
+            raise
+        finally:
+            feeder.cancel()
+            await asyncio.wait([feeder])
+            session.end_stream(failure)
+
+    async def DigestVolume(
+        self, request: pb.DigestVolumeRequest, context: Any
+    ) -> AsyncIterator[pb.DigestVolumeResponse]:
+        """Stream the chunk digests of a volume."""
+        session = self._registry.session(request.session_token)
+        async for offset, digests in session.digests(request.volume):
+            yield pb.DigestVolumeResponse(offset_bytes=offset, digests=digests)
+
+    async def ReleaseSession(
+        self, request: pb.ReleaseSessionRequest, context: Any
+    ) -> pb.ReleaseSessionResponse:
+        """Hand the target over."""
+        self._registry.session(request.session_token).release(request.generation)
+        return pb.ReleaseSessionResponse()
+
+    async def AbortSession(
+        self, request: pb.AbortSessionRequest, context: Any
+    ) -> pb.AbortSessionResponse:
+        """Give the session up."""
+        session = self._registry.session(request.session_token)
+        session.abort(request.reason, cancelled=request.cancelled)
+        return pb.AbortSessionResponse()
+
+    async def ReclaimSession(
+        self, request: pb.ReclaimSessionRequest, context: Any
+    ) -> pb.ReclaimSessionResponse:
+        """Take the devices back for a rollback."""
+        session = self._registry.session(request.session_token)
+        await asyncio.to_thread(session.check_reclaimable, self._registry.config.allow_devices)
+        session.reclaim()
+        return pb.ReclaimSessionResponse()
+
+    async def FinishSession(
+        self, request: pb.FinishSessionRequest, context: Any
+    ) -> pb.FinishSessionResponse:
+        """Nothing will be reclaimed."""
+        self._registry.session(request.session_token).finish()
+        return pb.FinishSessionResponse()
+
+
+class _Inlet:
+    """Takes the messages of one stream: frames are written side by side, a flush waits for all."""
+
+    def __init__(self, session: TargetSession) -> None:
+        self._session = session
+        self._answers: asyncio.Queue[pb.TransferResponse | None] = asyncio.Queue()
+        # The source keeps to the window; one that does not is held back here.
+        self._window = asyncio.Semaphore(WINDOW_FRAMES)
+        self._writes: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+        self._frames = 0
+
+    async def answers(self) -> AsyncIterator[pb.TransferResponse]:
+        """Iterate what is to be told to the source; ends with the stream or a failure."""
+        while (answer := await self._answers.get()) is not None:
+            yield answer
+
+    async def feed(self, requests: AsyncIterator[pb.TransferRequest]) -> None:
+        """Take all messages; raises what failed."""
+        try:
+            async for request in requests:
+                if request.HasField("flush"):
+                    await self._flush(request.flush)
+                elif request.HasField("frame"):
+                    await self._accept(request.frame)
+                else:
+                    raise InvalidArgument(
+                        "PROTOCOL_ERROR", "a message of the stream is neither frame nor flush"
+                    )
+                self._raise_failure()
+        finally:
+            with suppress(asyncio.CancelledError):
+                await self._drain()
+            self._answers.put_nowait(None)
+        self._raise_failure()
+
+    async def _accept(self, frame: bytes) -> None:
+        await self._window.acquire()
+        self._frames += 1
+        write = asyncio.create_task(self._write(frame))
+        self._writes.add(write)
+        write.add_done_callback(self._finish)
+
+    async def _write(self, frame: bytes) -> None:
+        sequence = await self._session.write(frame)
+        self._answers.put_nowait(pb.TransferResponse(written_sequence=sequence))
+
+    def _finish(self, write: asyncio.Task[None]) -> None:
+        self._writes.discard(write)
+        self._window.release()
+        error = None if write.cancelled() else write.exception()
+        if error is not None and self._failure is None:
+            self._failure = error
+            self._answers.put_nowait(None)  # tell the source now, not with its next message
+
+    async def _flush(self, flush: pb.FlushRound) -> None:
+        await self._drain()
+        self._raise_failure()
+        if flush.frame_count != self._frames:
+            raise DataLoss(
+                "FRAMES_MISSING",
+                f"{flush.frame_count} frames were sent, {self._frames} arrived; check the network "
+                "and start a new migration",
+            )
+        self._frames = 0
+        seconds = await self._session.flush(flush.generation)
+        flushed = pb.RoundFlushed(generation=flush.generation, flush_seconds=seconds)
+        self._answers.put_nowait(pb.TransferResponse(flushed=flushed))
+
+    async def _drain(self) -> None:
+        if self._writes:
+            await asyncio.wait(self._writes)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+def _session_request(request: pb.OpenSessionRequest) -> SessionRequest:
+    volumes = tuple(
+        Volume(one.source, one.target, one.size_bytes, one.block_size_bytes)
+        for one in request.volumes
+    )
+    known = tuple(
+        tuple(
+            Identity(one.device, one.start_bytes, one.length_bytes)
+            for one in volume.source_identities
+        )
+        for volume in request.volumes
+    )
+    return SessionRequest(
+        request.migration_id, request.protocol_version, request.boot_id, volumes, known
+    )

@@ -1,0 +1,202 @@
+"""Takes and sends rounds: what is marked is read, sent and made durable on the target.
+
+Owns the correctness of one round (design, section 6, rules 1 to 4): a bit is cleared before its
+block is read, blocks count as equal only once their generation is durable. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeVar
+
+from agent.bell import Bell
+from agent.carrier import Carrier
+from agent.disk import SourceDisk
+from agent.migration import Progress
+from agent.planner import Batch, plan_dirty, plan_seed
+from agent.reader import Reader, ReadVolume
+from agent.rounds import RoundReport
+from agent.throttle import Throttle
+from native.buffer import BufferPool
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What all migrations of an agent share: threads, buffers, and how far to read ahead."""
+
+    threads: Executor
+    pool: BufferPool
+    read_ahead_frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A take of all volumes: what is dirty now, how long it took, how long marks had gathered."""
+
+    dirty_bytes: int
+    seconds: float
+    since_seconds: float
+    at_seconds: float
+
+
+class Sender:
+    """Sends the rounds of one migration. `progress` is what the doors show."""
+
+    def __init__(
+        self, disks: list[SourceDisk], workshop: Workshop, limit_bytes_per_second: int
+    ) -> None:
+        self.disks = disks
+        self.bell = Bell()
+        self.throttle = Throttle(limit_bytes_per_second)
+        self.generation = 0
+        total = sum(disk.volume.size_bytes for disk in disks)
+        self.progress = Progress(total_bytes=total, dirty_bytes=total)
+        self._workshop = workshop
+        self._reader = Reader(
+            [ReadVolume(disk.device, disk.tracker.digests) for disk in disks],
+            workshop.threads,
+            workshop.pool,
+            workshop.read_ahead_frames,
+        )
+        self._carrier: Carrier | None = None
+        self._running = asyncio.Event()
+        self._running.set()
+        self._paused_seconds = 0.0
+        self._taken_at = time.monotonic()
+
+    def use(self, carrier: Carrier) -> None:
+        """Send over this carrier from now on."""
+        self._carrier = carrier
+
+    @property
+    def carrier_name(self) -> str:
+        """The carrier in use; empty before there is one."""
+        return self._carrier.name if self._carrier else ""
+
+    def pause(self) -> None:
+        """Stop reading and sending before the next frame; what is under way is finished."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        """Go on."""
+        self._running.set()
+
+    async def wait_until_running(self) -> None:
+        """Wait while paused."""
+        if not self._running.is_set():
+            paused = time.monotonic()
+            await self._running.wait()
+            self._paused_seconds += time.monotonic() - paused
+
+    def note(self, **changes: object) -> None:
+        """Change the progress that is shown."""
+        self.progress = replace(self.progress, **changes)  # type: ignore[arg-type]
+        self.bell.ring()
+
+    async def take(self, *, flush: bool) -> Taken:
+        """Take the marks of all volumes. `flush`: first what the host's page cache holds."""
+        started = time.monotonic()
+        takes = await self.on_disks(lambda disk: disk.take(flush=flush))
+        for disk, take in zip(self.disks, takes, strict=True):
+            if take.suspect:
+                _log.warning(
+                    'volume suspect, all of it is sent again path=%s reason="%s"',
+                    disk.volume.source,
+                    take.suspect,
+                )
+                self.note(suspect_volumes=self.progress.suspect_volumes + 1)
+        dirty = sum(await self.on_disks(lambda disk: disk.pending.count_bytes()))
+        since, self._taken_at = started - self._taken_at, started
+        now = time.monotonic()
+        self.note(dirty_bytes=dirty)
+        return Taken(dirty, now - started, since, now)
+
+    async def send_seed(self, taken: Taken) -> RoundReport:
+        """Send everything: data first, then holes, which are found and not read."""
+        maps = await self.on_disks(SourceDisk.map_data)
+        batches = chain.from_iterable(plan_seed(i, data) for i, data in enumerate(maps))
+        return await self._send(batches, taken)
+
+    async def send_dirty(self, taken: Taken) -> RoundReport:
+        """Send what is pending. Nothing travels if nothing is."""
+        plans = (plan_dirty(i, disk.pending) for i, disk in enumerate(self.disks))
+        return await self._send(chain.from_iterable(plans), taken)
+
+    async def on_disks(self, work: Callable[[SourceDisk], _Result]) -> list[_Result]:
+        """Run blocking work on all disks at once; the first error is raised when all are done."""
+        loop = asyncio.get_running_loop()
+        jobs = [loop.run_in_executor(self._workshop.threads, work, disk) for disk in self.disks]
+        results = await asyncio.gather(*jobs, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return [result for result in results if not isinstance(result, BaseException)]
+
+    async def close(self) -> None:
+        """End the stream. Safe to call twice."""
+        if self._carrier is not None:
+            await self._carrier.close()
+
+    async def _send(self, batches: Iterator[Batch], taken: Taken) -> RoundReport:
+        self.generation += 1
+        self.note(round_bytes=taken.dirty_bytes, round_done_bytes=0)
+        started, paused = time.monotonic(), self._paused_seconds
+        sent = await self._send_frames(batches)
+        flush_seconds = await self._flush()
+        finished = time.monotonic()
+        elapsed = finished - started - (self._paused_seconds - paused)
+        return RoundReport(
+            generation=self.generation,
+            dirty_bytes=taken.dirty_bytes,
+            sent_bytes=sent,
+            take_seconds=taken.seconds,
+            send_seconds=max(elapsed - flush_seconds, 0.0),
+            flush_seconds=flush_seconds,
+            started_seconds=started,
+            finished_seconds=finished,
+        )
+
+    async def _send_frames(self, batches: Iterator[Batch]) -> int:
+        sent = 0
+        frames = self._reader.frames(batches, self.generation)
+        try:
+            async for batch, frame in frames:
+                await self.wait_until_running()
+                await self.throttle.spend(len(frame))
+                await self._open_carrier.send(frame)
+                sent += len(frame)
+                self._count(batch.size_bytes, len(frame))
+        finally:
+            await frames.aclose()
+        return sent
+
+    async def _flush(self) -> float:
+        """Only now is what was sent known to be equal: clear it (rule 4)."""
+        seconds = await self._open_carrier.flush(self.generation)
+        for disk in self.disks:
+            disk.pending.clear()
+        self.note(rounds=self.progress.rounds + 1, dirty_bytes=0)
+        return seconds
+
+    def _count(self, done_bytes: int, sent_bytes: int) -> None:
+        progress = self.progress
+        self.note(
+            sent_bytes=progress.sent_bytes + sent_bytes,
+            round_done_bytes=progress.round_done_bytes + done_bytes,
+            dirty_bytes=max(progress.round_bytes - progress.round_done_bytes - done_bytes, 0),
+        )
+
+    @property
+    def _open_carrier(self) -> Carrier:
+        if self._carrier is None:
+            raise RuntimeError("nothing can be sent before a carrier is there")
+        return self._carrier
