@@ -59,7 +59,7 @@ class Sender:
         self.throttle = Throttle(limit_bytes_per_second)
         self.generation = 0
         total = sum(disk.volume.size_bytes for disk in disks)
-        self.progress = Progress(total_bytes=total, dirty_bytes=total)
+        self.progress = Progress(total_bytes=total, round_bytes=total, dirty_bytes=total)
         self._workshop = workshop
         self._reader = Reader(
             [ReadVolume(disk.device, disk.tracker.digests) for disk in disks],

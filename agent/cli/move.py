@@ -142,7 +142,7 @@ def _message(
         peer=peer,
         volumes=volumes,
         tracker=TRACKERS[tracker],
-        max_downtime_seconds=max_downtime or 0.0,
+        max_downtime_seconds=max_downtime,
         bandwidth_limit_bytes_per_second=bandwidth_limit,
         block_size_bytes=block_size or 0,
     )

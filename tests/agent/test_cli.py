@@ -178,7 +178,7 @@ def test_migrate_leaves_defaults_to_the_agent(fake: FakeAgent) -> None:
     assert result.exit_code == 0
     assert result.stdout.startswith("chosen started; migration chosen goes on")
     asked = fake.requests[0].migration
-    assert (asked.max_downtime_seconds, asked.block_size_bytes) == (0, 0)
+    assert (asked.HasField("max_downtime_seconds"), asked.block_size_bytes) == (False, 0)
     assert asked.tracker == pb.TRACKER_AUTO
 
 
