@@ -13,12 +13,14 @@ class BlockDevice:
     (operation, offset, length). A short transfer is EIO. EINTR is retried. Buffers must be aligned
     to 4096 (AlignedBuffer) and offsets and lengths to the logical block size, except that in a
     file a transfer may end anywhere (the page it ends in is accessed through a second, buffered
-    descriptor). Nothing moves beyond the end: EIO, so files never grow. Files on a file system without O_DIRECT are accessed buffered
-    (`direct` is then False): for a file that is coherent on one host.
+    descriptor). Nothing moves beyond the end: EIO, so files never grow. Files on a file system
+    without O_DIRECT are accessed buffered (`direct` is then False): for a file that is coherent on
+    one host.
 
     exclusive: a block device is opened with O_EXCL (EBUSY if mounted, held by device mapper or md,
     swapped on or claimed by another); a file must not be open anywhere else (lease) nor locked, and
-    is flock()ed. Who opens a file later without asking for the lock is not kept out. All calls that do I/O release the GIL and are thread-safe.
+    is flock()ed. Who opens a file later without asking for the lock is not kept out.
+    All calls that do I/O release the GIL and are thread-safe.
     Raises OSError(ENOTBLK) for anything that is neither a block device nor a regular file, and
     OSError(EROFS) for a read-only device, or a file that nobody may write, if `writable`.
     """
@@ -62,10 +64,12 @@ class BlockDevice:
 
         Files: SEEK_DATA and SEEK_HOLE. A loop device is asked through its backing file, if that is
         proven to be it (device and inode of LOOP_GET_STATUS64), with offset and size limit;
-        a partition of one likewise. None where nothing is known. The device is flushed first, so the
-        answer holds for all that was written to it before the call; what is written meanwhile, or
-        lies in the page cache of a file system or partition on it, only a tracker that was started
-        before can tell. ValueError from the iterator once the device is closed.
+        a partition of one likewise. None where nothing is known.
+
+        The device is flushed first, so the answer holds for all that was written to it before the
+        call. What is written meanwhile, or lies in the page cache of a file system or partition on
+        it, only a tracker that was started before can tell. ValueError from the iterator once the
+        device is closed.
         """
     def is_read_only(self) -> bool:
         """BLKROGET; for a file: no write permission for anybody."""
@@ -76,7 +80,7 @@ class BlockDevice:
         here: then the owner gets write permission.
         """
     def close(self) -> None:
-        """Close. A call that is running in another thread ends first, and then closes the device."""
+        """Close. A call still running in another thread ends first, and closes the device then."""
     def __enter__(self) -> BlockDevice: ...
     def __exit__(
         self,

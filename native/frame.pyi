@@ -2,10 +2,11 @@
 
 Layout, little endian (the struct stands in frame_impl.h and is the reference):
 header 64 bytes: magic "WSF1", version u16, kind u16, volume u32, extent count u32, generation u64,
-sequence u64, payload length u32, flags u32, reserved u64, checksum 16 bytes (XXH3-128 over the header
-with this field zero, the extent table and the payload); then the extent table, 24 bytes an entry:
-offset u64, length u64, kind u32 (DATA, ZERO, DISCARD), reserved u32; then the payload of all DATA
-extents, one after the other. Extents ascend and do not overlap. Flags and reserved fields are 0.
+sequence u64, payload length u32, flags u32, reserved u64, checksum 16 bytes (XXH3-128 over the
+header with this field zero, the extent table and the payload); then the extent table, 24 bytes an
+entry: offset u64, length u64, kind u32 (DATA, ZERO, DISCARD), reserved u32; then the payload of all
+DATA extents, one after the other. Extents ascend and do not overlap. Flags and reserved fields
+are 0.
 A frame must not be changed by another thread while it is in use here.
 """
 
@@ -86,9 +87,10 @@ def scatter(
 ) -> Applied:
     """Verify the frame, then write it. Nothing is written unless all of it is valid.
 
-    FrameError if it is damaged, of another volume or generation, or reaches beyond `size_bytes` (the
-    volume's size, which may be less than the device's), or has extents that are not on borders of
-    the device's logical blocks; only the end of the volume may fall within one, and what is behind it
-    stays. DISCARD extents are discarded, or zeroed where the device cannot. ValueError if `scratch`
-    is smaller than the payload. OSError from the device; EIO if it is smaller than `size_bytes`.
+    FrameError if it is damaged, of another volume or generation, or reaches beyond `size_bytes`
+    (the volume's size, which may be less than the device's), or has extents that are not on borders
+    of the device's logical blocks; only the end of the volume may fall within one, and what is
+    behind it stays. DISCARD extents are discarded, or zeroed where the device cannot. ValueError if
+    `scratch` is smaller than the payload. OSError from the device; EIO if it is smaller than
+    `size_bytes`.
     """

@@ -127,12 +127,15 @@ class TestLoopDevices:
         for path in (loop.path, *loop.partitions):
             assert 0 < check(path) < 8 * MIB
 
+    @pytest.mark.parametrize("sector_size", [512, 4096])
     @pytest.mark.parametrize("offset", [512, 4096, 512 * 1001])
-    def test_offset_and_size_limit(self, image_file: Callable[..., Path], offset: int) -> None:
+    def test_offset_and_size_limit(
+        self, image_file: Callable[..., Path], offset: int, sector_size: int
+    ) -> None:
         backing = image_file(4 * MIB)
         scatter_data(backing, 4 * MIB, seed=offset)
         options = (f"--offset={offset}", f"--sizelimit={MIB}")
-        with devices.attached(backing, 512, *options) as path:
+        with devices.attached(backing, sector_size, *options) as path:
             with BlockDevice(path) as device:
                 assert device.size_bytes() == MIB
             check(path)
