@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from native.blockio import BlockDevice
@@ -77,7 +77,6 @@ class TestTransfers:
         expected = bytes(sector_size) + data + bytes(MIB - sector_size)
         assert content.read_all(loop.path) == expected
 
-    @settings(max_examples=60, deadline=None)
     @given(size=st.integers(1, 40_000), data=st.data())
     def test_file_of_any_size_to_its_last_byte(self, size: int, data: st.DataObject) -> None:
         rng = random.Random(size)

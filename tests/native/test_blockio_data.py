@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from native.blockio import BlockDevice
@@ -60,7 +60,6 @@ def scatter_data(path: str | Path, size: int, seed: int) -> None:
 
 
 class TestFiles:
-    @settings(max_examples=40, deadline=None)
     @given(size=st.integers(1, 3 * MIB), seed=st.integers(0, 2**32))
     def test_random_files(self, size: int, seed: int) -> None:
         with devices.image_file(size) as path:

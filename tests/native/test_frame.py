@@ -119,7 +119,7 @@ def check(
 
 
 class TestThereAndBack:
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(suppress_health_check=[HealthCheck.too_slow])
     @given(
         seed=st.integers(0, 2**32), grains=st.integers(1, 120), unit=st.sampled_from([512, 4096])
     )
@@ -390,7 +390,6 @@ class TestRefusal:
         assert caught.value.errno == errno.EIO
         assert target.path.read_bytes() == target.pattern
 
-    @settings(max_examples=300, deadline=None)
     @given(data=st.data())
     def test_random_mutations(self, target: Target, data: st.DataObject) -> None:
         good = encode(GOOD, PAYLOAD)
@@ -402,7 +401,6 @@ class TestRefusal:
         if bad != good:
             target.refuses(bytes(bad))
 
-    @settings(max_examples=200, deadline=None)
     @given(
         noise=st.binary(max_size=300),
         pieces=st.lists(

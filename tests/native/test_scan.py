@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from native import scan
@@ -53,7 +53,6 @@ def scratch() -> AlignedBuffer:
 
 
 class TestDigest:
-    @settings(max_examples=40, deadline=None)
     @given(seed=st.integers(0, 2**32), size=st.integers(1, 12 * CHUNK), first=st.integers(0, 11))
     def test_files_of_any_size_from_any_chunk(self, seed: int, size: int, first: int) -> None:
         offset = min(first, (size - 1) // CHUNK) * CHUNK
@@ -112,7 +111,6 @@ class TestDigest:
 
 
 class TestCompare:
-    @settings(max_examples=40, deadline=None)
     @given(seed=st.integers(0, 2**32), size=st.integers(1, 12 * CHUNK))
     def test_exactly_the_chunks_that_differ_are_marked(self, seed: int, size: int) -> None:
         rng = random.Random(seed)
@@ -173,7 +171,6 @@ class TestCompare:
 
 
 class TestCompareHole:
-    @settings(max_examples=200, deadline=None)
     @given(data=st.data(), seed=st.integers(0, 2**32))
     def test_chunks_that_were_not_zero_are_marked(self, data: st.DataObject, seed: int) -> None:
         rng = random.Random(seed)
