@@ -25,6 +25,9 @@ from agent.migration import Identity
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 
+LEAST_DATA_BYTES = 256 * 1024
+"""Holes right behind less data than this are read: that takes about as long as to find them."""
+
 _SECTOR_BYTES = 512
 _SYS_BLOCK = Path("/sys/dev/block")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -175,7 +178,7 @@ def map_data(device: BlockDevice, size_bytes: int, block_size_bytes: int) -> Dir
     Blocking: asks the file system for holes, which takes time on a fragmented file.
     """
     data = DirtyBitmap(size_bytes, block_size_bytes)
-    ranges = device.data_extents()
+    ranges = device.data_extents(least_bytes=LEAST_DATA_BYTES)
     if ranges is None:
         data.set_all()
         return data

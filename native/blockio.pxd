@@ -42,7 +42,8 @@ cdef extern from "blockio_impl.h" nogil:
     int ws_dev_is_read_only(const ws_device *dev)
     int ws_dev_set_read_only(const ws_device *dev, bint read_only)
     int ws_loop_status(int fd, ws_loop *loop)
-    int ws_next_data(int fd, uint64_t start_from, uint64_t limit, uint64_t *start, uint64_t *end)
+    int ws_next_data(int fd, uint64_t start_from, uint64_t limit, uint64_t least,
+                     uint64_t *start, uint64_t *end)
 
 
 cdef class BlockDevice:

@@ -59,8 +59,13 @@ class BlockDevice:
         """BLKDISCARD or punch a hole; OSError(EOPNOTSUPP) where that cannot be done."""
     def flush(self) -> None:
         """fsync: all that was written, here or through the page cache, is durable."""
-    def data_extents(self, start_bytes: int = 0) -> Iterator[tuple[int, int]] | None:
+    def data_extents(
+        self, start_bytes: int = 0, *, least_bytes: int = 0
+    ) -> Iterator[tuple[int, int]] | None:
         """Iterate ranges (offset, length) that may hold data; all else reads as zeros.
+
+        A range of fewer than `least_bytes` is reported as that long: fewer questions to the file
+        system, for some holes that are read.
 
         Files: SEEK_DATA and SEEK_HOLE. A loop device is asked through its backing file, if that is
         proven to be it (device and inode of LOOP_GET_STATUS64), with offset and size limit;

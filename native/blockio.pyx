@@ -229,12 +229,13 @@ cdef class BlockDevice:
         if rc != 0:
             raise self.failure(rc, &why)
 
-    def data_extents(self, uint64_t start_bytes=0):
+    def data_extents(self, uint64_t start_bytes=0, *, uint64_t least_bytes=0):
         """Iterate ranges (offset, length) that may hold data, or return None if nobody knows."""
         # What lies dirty in the page cache of a loop device is still a hole in its file.
         self.flush()
         cdef DataExtents walk = DataExtents.__new__(DataExtents)
         walk.device = self
+        walk.least = least_bytes
         walk.limit = self.size_bytes()
         walk.position = start_bytes - start_bytes % self.device.logical
         if self.device.is_block:
@@ -325,6 +326,7 @@ cdef class DataExtents:
     cdef uint64_t base
     cdef uint64_t position
     cdef uint64_t limit
+    cdef uint64_t least
 
     def __cinit__(self):
         self.fd = -1
@@ -344,7 +346,7 @@ cdef class DataExtents:
         try:
             with nogil:
                 rc = ws_next_data(
-                    fd, self.base + self.position, self.base + self.limit, start, end
+                    fd, self.base + self.position, self.base + self.limit, self.least, start, end
                 )
         finally:
             self.device.release()

@@ -28,7 +28,8 @@ int ws_loop_status(int fd, struct ws_loop *loop) {
     return 0;
 }
 
-int ws_next_data(int fd, uint64_t from, uint64_t limit, uint64_t *start, uint64_t *end) {
+int ws_next_data(int fd, uint64_t from, uint64_t limit, uint64_t least, uint64_t *start,
+                 uint64_t *end) {
     *start = *end = limit;
     if (from >= limit)
         return 0;
@@ -44,6 +45,8 @@ int ws_next_data(int fd, uint64_t from, uint64_t limit, uint64_t *start, uint64_
     if (hole < 0)
         return -errno;
     *start = (uint64_t)data;
-    *end = (uint64_t)hole < limit ? (uint64_t)hole : limit;
+    *end = (uint64_t)hole - (uint64_t)data < least ? (uint64_t)data + least : (uint64_t)hole;
+    if (*end > limit)
+        *end = limit;
     return 0;
 }

@@ -86,8 +86,10 @@ struct ws_loop {
 /* -errno for anything but a loop device whose bytes are those of its file. */
 int ws_loop_status(int fd, struct ws_loop *loop);
 
-/* Find the next range at or after `from` and below `limit` that may hold data. Sets start == end ==
- * limit if there is none. -errno where the file cannot say. */
-int ws_next_data(int fd, uint64_t from, uint64_t limit, uint64_t *start, uint64_t *end);
+/* Find the next range at or after `from` and below `limit` that may hold data; one of fewer than
+ * `least` bytes is reported as that long. Sets start == end == limit if there is none. -errno where
+ * the file cannot say. */
+int ws_next_data(int fd, uint64_t from, uint64_t limit, uint64_t least, uint64_t *start,
+                 uint64_t *end);
 
 #endif

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 
+from agent.device import LEAST_DATA_BYTES
 from agent.extent import align, complement, cut
 from agent.tracker import Take
 from native.bitmap import DirtyBitmap
@@ -72,7 +73,7 @@ class ScanTracker:
         return closing(BufferPool(_SCRATCH_BYTES, _THREADS))
 
     def _pass(self, into: DirtyBitmap) -> int:
-        data = self._device.data_extents()
+        data = self._device.data_extents(least_bytes=LEAST_DATA_BYTES)
         whole = [(0, self._size_bytes)] if data is None else list(data)
         ranges = list(align(whole, CHUNK_BYTES, self._size_bytes))
         with self._pool() as pool, ThreadPoolExecutor(_THREADS) as threads:
