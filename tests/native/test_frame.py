@@ -7,6 +7,7 @@ import random
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tests.native.frames import DATA, DISCARD, ZERO, Header, Piece, encode
 
 MIB = 1 << 20
 LABELS = {"volume": 7, "generation": 8, "sequence": 9}
+gather = partial(frame.gather, volume=7, generation=8, sequence=9)
 TARGET = {"volume": 7, "generation": 8}
 
 
@@ -39,7 +41,7 @@ def flat(extents: list[tuple[int, int]]) -> array[int]:
 
 def gathered(device: BlockDevice, extents: list[tuple[int, int]], min_zero: int = 65536) -> bytes:
     scratch = AlignedBuffer(max(1, sum(length for _, length in extents)))
-    return frame.gather(device, flat(extents), scratch, min_zero_bytes=min_zero, **LABELS)
+    return gather(device, flat(extents), scratch, min_zero_bytes=min_zero)
 
 
 def sparse(rng: random.Random, grains: int) -> bytes:
@@ -182,7 +184,7 @@ class TestDigests:
         table = bytearray(b"?" * 16 * 5)
         extents = flat([(65536, 65536), (196608, 65539)])
         with BlockDevice(str(image_file(len(disk), disk))) as device:
-            frame.gather(device, extents, scratch, digests=table, **LABELS)
+            gather(device, extents, scratch, digests=table)
         assert table[:16] == b"?" * 16
         assert table[16:32] == chunk.ZERO_DIGEST
         assert table[32:48] == b"?" * 16
@@ -208,9 +210,9 @@ class TestDigests:
         table = bytearray(16 * entries)
         with BlockDevice(str(image_file(131072))) as device:
             with pytest.raises(ValueError, match=message):
-                frame.gather(device, flat([extent]), scratch, digests=table, **LABELS)
+                gather(device, flat([extent]), scratch, digests=table)
             with pytest.raises((BufferError, TypeError)):
-                frame.gather(device, flat([extent]), scratch, digests=bytes(table), **LABELS)
+                gather(device, flat([extent]), scratch, digests=bytes(table))
         assert not any(table)
 
     def test_a_read_that_fails_leaves_the_table_alone(
@@ -222,7 +224,7 @@ class TestDigests:
             faulty.failing("pread"),
             pytest.raises(OSError, match="at offset 131072") as caught,
         ):
-            frame.gather(device, flat([(131072, 65536)]), scratch, digests=table, **LABELS)
+            gather(device, flat([(131072, 65536)]), scratch, digests=table)
         assert caught.value.errno == errno.EIO
         assert caught.value.filename == faulty.path
         assert table == b"?" * 1024
@@ -249,12 +251,12 @@ class TestArguments:
     ) -> None:
         device = BlockDevice(str(image_file(4 * MIB)))
         with device, pytest.raises(ValueError, match=message):
-            frame.gather(device, flat(extents), scratch, **LABELS)
+            gather(device, flat(extents), scratch)
 
     def test_scratch_that_is_too_small(self, image_file: Callable[..., Path]) -> None:
         with BlockDevice(str(image_file(MIB, b"x" * MIB)), writable=True) as device:
             with pytest.raises(ValueError, match="the scratch 4096"):
-                frame.gather(device, flat([(0, 8192)]), AlignedBuffer(4096), **LABELS)
+                gather(device, flat([(0, 8192)]), AlignedBuffer(4096))
             data = gathered(device, [(0, 8192)])
             with pytest.raises(ValueError, match="a scratch of 4096"):
                 frame.scatter(device, data, AlignedBuffer(4096), size_bytes=MIB, **TARGET)
@@ -264,7 +266,7 @@ class TestArguments:
     ) -> None:
         device = BlockDevice(str(image_file(MIB)))
         with device, pytest.raises(ValueError, match="3 numbers"):
-            frame.gather(device, array("Q", [0, 512, 1024]), scratch, **LABELS)
+            gather(device, array("Q", [0, 512, 1024]), scratch)
 
 
 class Target:
