@@ -139,16 +139,20 @@ static __always_inline void note_seen(void) {
 
 /* Set bits with a full barrier, even where they are set already. The barrier is the point: without
  * it the data just written by this CPU (loop, zram) may become visible after the mark, so that a
- * take clears the mark and reads the old data. Hence the fetching variant, whose result must
- * be used to get it, and no short cut by looking first. */
+ * take clears the mark and reads the old data. Hence no short cut by looking first; and on other
+ * machines than x86 only the fetching variant is a barrier, whose result must be used to get it. */
 static __always_inline void mark_word(__u32 index, __u64 bits) {
     __u64 *word = bpf_map_lookup_elem(&dirty, &index);
     if (!word) {
         count_lost();
         return;
     }
+#ifdef __TARGET_ARCH_x86
+    __sync_fetch_and_or(word, bits); /* lock or: a full barrier, and cheaper than what fetches */
+#else
     __u64 before = __sync_fetch_and_or(word, bits);
     asm volatile("" : : "r"(before));
+#endif
 }
 
 /* A whole word needs no atomic OR: all its bits are ours to set. mark_word() came first. */
@@ -175,7 +179,7 @@ static __always_inline void mark_words(__u32 first, __u32 last, __u64 head, __u6
 }
 
 /* Mark the blocks that sectors [sector, sector + count) of the disk touch, clipped to the range. */
-static __noinline int mark(__u64 sector, __u64 count) {
+static __always_inline int mark(__u64 sector, __u64 count) {
     __u64 start = watch.start_sector, stop = start + watch.sector_count;
     __u64 end = sector + count;
     if (sector < start)
