@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 import grpc.aio
 import uvloop
-from warmsync.v1 import host_service_pb2_grpc, migration_service_pb2_grpc, peer_service_pb2_grpc
+from warmsync.v1 import host_service_pb2_grpc, migration_service_pb2_grpc
 
 from agent import log
 from agent.config import AgentConfig
@@ -29,6 +29,7 @@ from agent.rpc.host_service import HostServicer
 from agent.rpc.migration_service import MigrationServicer
 from agent.rpc.peer_client import PeerClient
 from agent.rpc.peer_service import PeerServicer
+from agent.rpc.peer_service import register as register_peers
 from agent.rpc.server import AgentServer, Service, start_server
 
 # For calls under way at the end; those that wait for a migration end with the registry.
@@ -107,7 +108,7 @@ def _services(config: AgentConfig, registry: Registry) -> list[Service]:
         migration_service_pb2_grpc.add_MigrationServiceServicer_to_server(migrations, server)
 
     def add_peers(server: grpc.aio.Server) -> None:
-        peer_service_pb2_grpc.add_PeerServiceServicer_to_server(peers, server)
+        register_peers(peers, server)
 
     return [
         Service("warmsync.v1.HostService", add_host),

@@ -101,7 +101,7 @@ class SourceDisk:
         if size_bytes != self.volume.size_bytes:
             raise FailedPrecondition(
                 "SOURCE_SIZE_CHANGED",
-                f"{self.volume.source} had {self.volume.size_bytes} bytes, now it has {size_bytes}; "
+                f"{self.volume.source} had {self.volume.size_bytes} bytes, now {size_bytes}; "
                 "start a new migration",
                 path=self.volume.source,
                 size_bytes=size_bytes,

@@ -98,7 +98,7 @@ class TargetSession:
         self._streaming = True
         self._move(Event.SEED)
 
-    async def write(self, frame: bytes) -> int:
+    async def write(self, frame: memoryview) -> int:
         """Write one frame of the open generation; returns its sequence number."""
         sequence = await self._writer.write(frame, self._generation + 1)
         progress = self._progress

@@ -13,7 +13,7 @@ from agent.device import io_error
 from agent.errors import DataLoss
 from native.blockio import BlockDevice
 from native.buffer import BufferPool
-from native.frame import FrameError, inspect, scatter
+from native.frame import FrameError, route, scatter
 
 
 class Writer:
@@ -31,7 +31,7 @@ class Writer:
         self._threads = threads
         self._pool = pool
 
-    async def write(self, frame: bytes, generation: int) -> int:
+    async def write(self, frame: bytes | memoryview, generation: int) -> int:
         """Verify and write one frame; returns its sequence number. DataLoss, ResourceExhausted."""
         loop = asyncio.get_running_loop()
         try:
@@ -58,17 +58,17 @@ class Writer:
                 raise result
         return time.monotonic() - started
 
-    def _write(self, frame: bytes, generation: int) -> int:
-        header = inspect(frame)
-        if header.volume >= len(self._devices):
-            raise FrameError(f"volume {header.volume} of {len(self._devices)}")
+    def _write(self, frame: bytes | memoryview, generation: int) -> int:
+        volume, sequence = route(frame)
+        if volume >= len(self._devices):
+            raise FrameError(f"volume {volume} of {len(self._devices)}")
         with self._pool.lease() as scratch:
             scatter(
-                self._devices[header.volume],
+                self._devices[volume],
                 frame,
                 scratch,
-                size_bytes=self._sizes_bytes[header.volume],
-                volume=header.volume,
+                size_bytes=self._sizes_bytes[volume],
+                volume=volume,
                 generation=generation,
             )
-        return header.sequence
+        return sequence

@@ -70,6 +70,12 @@ def gather(
 def zeros(extents: array[int], *, volume: int, generation: int, sequence: int) -> bytes:
     """Return a frame of ZERO extents: for holes, which need no reading."""
 
+def route(frame: Buffer) -> tuple[int, int]:
+    """Return (volume, sequence) as the header says: where to scatter to, which then verifies it.
+
+    FrameError if the frame is shorter than a header.
+    """
+
 def inspect(frame: Buffer) -> FrameHeader:
     """Verify everything that can be without a device, checksum included. FrameError."""
 

@@ -87,8 +87,8 @@ OUTSIDERS: dict[str, tuple[int, set[str]]] = {
     "grpc_health": (6, set()),
     "grpc_reflection": (6, set()),
     "grpc_status": (6, set()),
-    "google": (6, set()),
-    "warmsync": (6, {"agent.carrier.grpc"}),
+    "google": (6, {"agent.carrier.wire"}),
+    "warmsync": (6, {"agent.carrier.grpc", "agent.carrier.wire"}),
     "click": (7, set()),
     "rich": (7, set()),
 }

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import grpc.aio
 from warmsync.v1 import peer_service_pb2 as pb
 
+from agent.carrier.wire import encode
 from agent.errors import Unavailable, WarmsyncError
+
+TRANSFER = "/warmsync.v1.PeerService/Transfer"
+"""The method's full name."""
 
 WINDOW_FRAMES = 32
 """Frames under way at most: bounds the memory of both ends to about 32 MiB a migration."""
@@ -26,11 +29,16 @@ class GrpcCarrier:
 
     def __init__(
         self,
-        stub: Any,
+        channel: grpc.aio.Channel,
         token: str,
         decode: Callable[[grpc.aio.AioRpcError], WarmsyncError],
     ) -> None:
-        self._call = stub.Transfer()
+        transfer = channel.stream_stream(
+            TRANSFER,
+            request_serializer=encode,
+            response_deserializer=pb.TransferResponse.FromString,
+        )
+        self._call = transfer()
         self._token = token
         self._decode = decode
         self._window = asyncio.Semaphore(WINDOW_FRAMES)
@@ -48,7 +56,7 @@ class GrpcCarrier:
         """See `agent.carrier.Carrier`."""
         await self._window.acquire()
         self._frames += 1
-        await self._write(pb.TransferRequest(frame=frame))
+        await self._write(frame)
 
     async def flush(self, generation: int) -> float:
         """See `agent.carrier.Carrier`."""
@@ -71,7 +79,7 @@ class GrpcCarrier:
         if self._answers is not None:
             await asyncio.wait([self._answers])
 
-    async def _write(self, request: pb.TransferRequest) -> None:
+    async def _write(self, request: pb.TransferRequest | bytes) -> None:
         if self._failure is None:
             try:
                 await self._call.write(request)

@@ -22,8 +22,9 @@ _SCHEMES = {
 }
 _TRACKERS = {scheme: number for number, scheme in _SCHEMES.items()}
 _CARRIERS = {"grpc": migration_pb2.CARRIER_GRPC, "tcp": migration_pb2.CARRIER_TCP}
-_STATES = {
-    name.removeprefix("STATE_"): getattr(migration_pb2, name) for name in migration_pb2.State.keys()
+_STATES: dict[str, migration_pb2.State] = {
+    value.name.removeprefix("STATE_"): getattr(migration_pb2, value.name)
+    for value in migration_pb2.State.DESCRIPTOR.values
 }
 _ROLES = {Role.SOURCE: migration_pb2.ROLE_SOURCE, Role.TARGET: migration_pb2.ROLE_TARGET}
 

@@ -48,7 +48,9 @@ class PeerClient:
 
     async def open_carrier(self, token: str) -> Carrier:
         """See `agent.peer.Peer`."""
-        carrier = GrpcCarrier(self._stub, token, lambda error: from_rpc_error(error, self._address))
+        carrier = GrpcCarrier(
+            self._channel, token, lambda error: from_rpc_error(error, self._address)
+        )
         await carrier.open()
         return carrier
 

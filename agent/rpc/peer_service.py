@@ -9,10 +9,13 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
+import grpc
+import grpc.aio
 from warmsync.v1 import peer_service_pb2 as pb
 from warmsync.v1 import peer_service_pb2_grpc
 
 from agent.carrier.grpc import WINDOW_FRAMES
+from agent.carrier.wire import decode
 from agent.errors import DataLoss, InvalidArgument, WarmsyncError
 from agent.migration import Identity, Volume
 from agent.peer import SessionRequest
@@ -34,11 +37,11 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         return pb.OpenSessionResponse(session_token=session.token)
 
     async def Transfer(
-        self, requests: AsyncIterator[pb.TransferRequest], context: Any
+        self, requests: AsyncIterator[pb.TransferRequest | memoryview], context: Any
     ) -> AsyncIterator[pb.TransferResponse]:
         """Receive frames until the session is released or given up."""
-        first = await anext(requests, pb.TransferRequest())
-        session = self._registry.session(first.session_token)
+        first = await anext(requests, None)
+        session = self._registry.session(getattr(first, "session_token", ""))
         session.begin_stream()
         inlet = _Inlet(session)
         feeder = asyncio.create_task(inlet.feed(requests))
@@ -95,6 +98,34 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         return pb.FinishSessionResponse()
 
 
+def register(servicer: PeerServicer, server: grpc.aio.Server) -> None:
+    """Add the service to a server: as generated, but frames are not copied by protobuf."""
+    generated = _Collector()
+    peer_service_pb2_grpc.add_PeerServiceServicer_to_server(servicer, generated)
+    generated.handlers["Transfer"] = grpc.stream_stream_rpc_method_handler(
+        servicer.Transfer,
+        request_deserializer=decode,
+        response_serializer=pb.TransferResponse.SerializeToString,
+    )
+    handler = grpc.method_handlers_generic_handler(generated.service, generated.handlers)
+    server.add_generic_rpc_handlers((handler,))
+
+
+class _Collector:
+    """Stands in for a server while the generated code registers its handlers."""
+
+    def __init__(self) -> None:
+        self.service = ""
+        self.handlers: dict[str, Any] = {}
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """Ignore: the same handlers, wrapped."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        """Keep what would be registered."""
+        self.service, self.handlers = service, dict(handlers)
+
+
 class _Inlet:
     """Takes the messages of one stream: frames are written side by side, a flush waits for all."""
 
@@ -112,14 +143,14 @@ class _Inlet:
         while (answer := await self._answers.get()) is not None:
             yield answer
 
-    async def feed(self, requests: AsyncIterator[pb.TransferRequest]) -> None:
+    async def feed(self, requests: AsyncIterator[pb.TransferRequest | memoryview]) -> None:
         """Take all messages; raises what failed."""
         try:
             async for request in requests:
-                if request.HasField("flush"):
+                if isinstance(request, memoryview):
+                    await self._accept(request)
+                elif request.HasField("flush"):
                     await self._flush(request.flush)
-                elif request.HasField("frame"):
-                    await self._accept(request.frame)
                 else:
                     raise InvalidArgument(
                         "PROTOCOL_ERROR", "a message of the stream is neither frame nor flush"
@@ -131,14 +162,14 @@ class _Inlet:
             self._answers.put_nowait(None)
         self._raise_failure()
 
-    async def _accept(self, frame: bytes) -> None:
+    async def _accept(self, frame: memoryview) -> None:
         await self._window.acquire()
         self._frames += 1
         write = asyncio.create_task(self._write(frame))
         self._writes.add(write)
         write.add_done_callback(self._finish)
 
-    async def _write(self, frame: bytes) -> None:
+    async def _write(self, frame: memoryview) -> None:
         sequence = await self._session.write(frame)
         self._answers.put_nowait(pb.TransferResponse(written_sequence=sequence))
 

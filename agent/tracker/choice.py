@@ -81,8 +81,9 @@ def remove_stale(directory: Path) -> list[str]:
     if not directory.is_dir():
         return []
     stale = sorted(path for path in directory.iterdir() if path.is_dir())
-    for pin_dir in stale:
-        for pin in pin_dir.iterdir():
-            pin.unlink()
-        pin_dir.rmdir()
+    if stale:
+        from native.ebpf import remove
+
+        for pin_dir in stale:
+            remove(str(pin_dir))
     return [path.name for path in stale]
