@@ -24,6 +24,13 @@ class Take:
     suspect: str = ""
 
 
+def has_mark(marks: DirtyBitmap, offset_bytes: int, length_bytes: int) -> bool:
+    """Return whether a block that the range touches is marked; the range may lie within one."""
+    block = marks.block_size_bytes
+    first = offset_bytes - offset_bytes % block
+    return any(marks.is_marked(at) for at in range(first, offset_bytes + length_bytes, block))
+
+
 class Tracker(Protocol):
     """What learns of writes to one device."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from agent.device import DiskRange, disk_range
 from agent.errors import FailedPrecondition, InvalidArgument
-from agent.tracker import Take
+from agent.tracker import Take, has_mark
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
@@ -96,8 +96,7 @@ class EbpfTracker:
         kernel, marks = self._attached()
         if kernel.counters().lost != self._lost:
             return True
-        extents, _ = marks.batch(offset_bytes, max_extents=1)
-        return bool(extents) and extents[0] < offset_bytes + length_bytes
+        return has_mark(marks, offset_bytes, length_bytes)
 
     def stop(self) -> None:
         """See `agent.tracker.Tracker`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.tracker import Take
+from agent.tracker import Take, has_mark
 from native.bitmap import DirtyBitmap
 
 
@@ -33,8 +33,7 @@ class MemoryTracker:
 
     def is_marked(self, offset_bytes: int, length_bytes: int) -> bool:
         """See `agent.tracker.Tracker`."""
-        extents, _ = self._marks.batch(offset_bytes, max_extents=1)
-        return bool(extents) and extents[0] < offset_bytes + length_bytes
+        return has_mark(self._marks, offset_bytes, length_bytes)
 
     def stop(self) -> None:
         """Nothing to do."""

@@ -73,9 +73,7 @@ class ScanTracker:
         return closing(BufferPool(_SCRATCH_BYTES, _THREADS))
 
     def _pass(self, into: DirtyBitmap) -> int:
-        data = self._device.data_extents(least_bytes=LEAST_DATA_BYTES)
-        whole = [(0, self._size_bytes)] if data is None else list(data)
-        ranges = list(align(whole, CHUNK_BYTES, self._size_bytes))
+        ranges = list(align(self._find_data(), CHUNK_BYTES, self._size_bytes))
         with self._pool() as pool, ThreadPoolExecutor(_THREADS) as threads:
             jobs = [
                 threads.submit(self._compare, pool, offset, length, into)
@@ -83,6 +81,12 @@ class ScanTracker:
             ]
             holes = self._compare_holes(complement(ranges, self._size_bytes), into)
             return holes + sum(job.result() for job in jobs)
+
+    def _find_data(self) -> list[tuple[int, int]]:
+        # On its own, as the iterator holds a descriptor: in a frame that an error's traceback
+        # keeps, it would stay open as long as the error is remembered.
+        data = self._device.data_extents(least_bytes=LEAST_DATA_BYTES)
+        return [(0, self._size_bytes)] if data is None else list(data)
 
     def _compare(self, pool: BufferPool, offset: int, length: int, into: DirtyBitmap) -> int:
         with pool.lease() as scratch:
