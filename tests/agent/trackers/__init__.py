@@ -1,0 +1,1 @@
+"""One conformance suite for all trackers, and what is special about each."""

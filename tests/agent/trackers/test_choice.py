@@ -1,0 +1,111 @@
+"""Which tracker is chosen, and what is said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent.errors import FailedPrecondition, InvalidArgument
+from agent.migration import Scheme
+from agent.tracker import choice
+from agent.tracker.choice import choose_scheme, fit_block, make_tracker, remove_stale
+from native.bitmap import MAX_BITMAP_BYTES
+from native.blockio import BlockDevice
+from tests.devices import LoopDevice
+
+SIZE = 1 << 20
+TIB = 1 << 40
+
+
+@pytest.fixture
+def file(image_file: Callable[..., Path]) -> BlockDevice:
+    return BlockDevice(str(image_file(SIZE)))
+
+
+@pytest.fixture
+def disk(loop_device: Callable[..., LoopDevice]) -> BlockDevice:
+    return BlockDevice(loop_device(SIZE).path)
+
+
+@pytest.fixture
+def obstacle(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`obstacle(text)`: what keeps this host from running the eBPF programs, if anything."""
+    return lambda text: monkeypatch.setattr(choice, "ebpf_obstacle", lambda: text)
+
+
+def test_auto_picks_ebpf_for_block_devices(
+    disk: BlockDevice, obstacle: Callable[[str], None]
+) -> None:
+    obstacle("")
+    scheme, reason = choose_scheme(Scheme.AUTO, [disk, disk])
+    assert scheme is Scheme.EBPF
+    assert "block devices" in reason
+
+
+def test_auto_says_why_not(
+    disk: BlockDevice, file: BlockDevice, obstacle: Callable[[str], None]
+) -> None:
+    obstacle("no BTF")
+    assert choose_scheme(Scheme.AUTO, [disk]) == (Scheme.SCAN, "ebpf cannot be used here: no BTF")
+    obstacle("")
+    scheme, reason = choose_scheme(Scheme.AUTO, [disk, file])
+    assert scheme is Scheme.SCAN
+    assert reason.startswith(f"{file.path} is a file")
+
+
+def test_what_is_named_is_used(file: BlockDevice, obstacle: Callable[[str], None]) -> None:
+    obstacle("")
+    assert choose_scheme(Scheme.SCAN, [file]) == (Scheme.SCAN, "")
+    assert choose_scheme(Scheme.EBPF, [file]) == (Scheme.EBPF, "")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind", "text"),
+    [
+        (Scheme.EBPF, FailedPrecondition, "no BTF; run `warmsync doctor`"),
+        (Scheme.QEMU, InvalidArgument, "not part of this version"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    file: BlockDevice,
+    obstacle: Callable[[str], None],
+    scheme: Scheme,
+    kind: type[Exception],
+    text: str,
+) -> None:
+    obstacle("no BTF")
+    with pytest.raises(kind, match=text) as caught:
+        choose_scheme(scheme, [file])
+    assert getattr(caught.value, "reason", "") == "TRACKER_UNAVAILABLE"
+
+
+def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert "root" in choice.ebpf_obstacle()
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setitem(__import__("sys").modules, "native.ebpf", None)
+    assert "no eBPF support" in choice.ebpf_obstacle()
+
+
+def test_blocks_fit_the_tracker_and_the_bitmap() -> None:
+    assert fit_block(Scheme.EBPF, TIB, 4096) == 4096
+    assert fit_block(Scheme.SCAN, TIB, 4096) == 65536
+    assert fit_block(Scheme.SCAN, TIB, 1 << 20) == 1 << 20
+    assert fit_block(Scheme.EBPF, 16 * TIB, 4096) == 16 * TIB // (MAX_BITMAP_BYTES * 8)
+
+
+def test_trackers_are_made_by_scheme(disk: BlockDevice, file: BlockDevice, tmp_path: Path) -> None:
+    assert make_tracker(Scheme.SCAN, file, 65536, tmp_path).scheme == "scan"
+    assert make_tracker(Scheme.EBPF, disk, 4096, tmp_path).scheme == "ebpf"
+
+
+def test_stale_pins_are_removed_and_named(tmp_path: Path) -> None:
+    assert remove_stale(tmp_path / "none") == []
+    for name in ("b-0", "a-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "link").touch()
+    (tmp_path / "file").touch()
+    assert remove_stale(tmp_path) == ["a-1", "b-0"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
