@@ -10,14 +10,13 @@ import pytest
 
 from tests import devices
 from tests.devices import FaultyDevice, LoopDevice
+from tests.guest import finish, fio
 from tests.native.tracking import (
     BLOCK,
     MIB,
     Tracked,
     content,
     differing,
-    finish,
-    fio,
     flush,
     read_direct,
     touched,

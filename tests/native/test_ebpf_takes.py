@@ -18,6 +18,7 @@ import pytest
 from native.bitmap import DirtyBitmap
 from tests import devices
 from tests.devices import LoopDevice
+from tests.guest import finish, fio
 from tests.native.tracking import (
     BLOCK,
     MIB,
@@ -25,8 +26,6 @@ from tests.native.tracking import (
     blocks_of,
     content,
     differing,
-    finish,
-    fio,
     flush,
     read_direct,
     write_direct,

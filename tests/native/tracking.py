@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -137,18 +136,3 @@ def differing(before: bytes, after: bytes, block: int = BLOCK) -> set[int]:
         for offset in range(0, len(after), block)
         if before[offset : offset + block] != after[offset : offset + block]
     }
-
-
-def fio(path: str, *options: str) -> subprocess.Popen[str]:
-    """Start fio on a device as the guest would be, with direct I/O unless told otherwise."""
-    devices.require("fio")
-    command = ["fio", "--name=guest", f"--filename={path}", "--direct=1", "--ioengine=libaio"]
-    command += ["--iodepth=16", "--randrepeat=0", "--refill_buffers", "--norandommap"]
-    return subprocess.Popen(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(guest: subprocess.Popen[str]) -> None:
-    output, _ = guest.communicate(timeout=60)
-    assert guest.returncode == 0, output

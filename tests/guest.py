@@ -1,0 +1,43 @@
+"""fio as the guest: what writes to a device while it is being moved."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+from tests import devices
+
+_SECONDS = 60.0
+
+
+def fio(path: str | Path, *options: str) -> subprocess.Popen[str]:
+    """Start fio on a device as the guest would be, with direct I/O unless told otherwise."""
+    devices.require("fio")
+    command = ["fio", "--name=guest", f"--filename={path}", "--direct=1", "--ioengine=libaio"]
+    command += ["--iodepth=16", "--randrepeat=0", "--refill_buffers", "--norandommap"]
+    command += ["--verify_state_save=0"]  # a file in the present directory
+    return subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(guest: subprocess.Popen[str]) -> None:
+    """Wait for a guest that ends by itself; it must not have failed."""
+    output, _ = guest.communicate(timeout=_SECONDS)
+    assert guest.returncode == 0, output
+
+
+def power_off(guest: subprocess.Popen[str]) -> None:
+    """Stop a guest that writes, and wait until nothing of it is under way."""
+    if guest.poll() is None:
+        guest.send_signal(signal.SIGINT)
+    output, _ = guest.communicate(timeout=_SECONDS)
+    # 128: ended by the signal, after what was under way.
+    assert guest.returncode in (0, 128), output
+
+
+def destroy(guest: subprocess.Popen[str]) -> None:
+    """End a guest whatever it does; safe to call for one that has ended."""
+    guest.kill()
+    guest.communicate()
