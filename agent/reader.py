@@ -5,22 +5,28 @@ Owns the order (frames come out as planned) and the bound on read-ahead. Never s
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+from agent.ahead import run_ahead
 from agent.device import io_error
 from agent.planner import Batch
 from native.blockio import BlockDevice
 from native.buffer import BufferPool
 from native.frame import gather, zeros
+from native.scan import digest
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+
+DIGEST_STEP_BYTES = 16 << 20
+"""Bytes of a volume whose digests are read at once (16 MiB: 4 KiB of digests)."""
+
+_DIGESTS_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +53,30 @@ class Reader:
         self, batches: Iterator[Batch], generation: int
     ) -> AsyncGenerator[tuple[Batch, bytes], None]:
         """Iterate (batch, its frame) in the order of the batches. DataLoss if a read fails."""
-        loop = asyncio.get_running_loop()
-        ahead: deque[tuple[Batch, asyncio.Future[bytes]]] = deque()
+        reads = run_ahead(self._reads(batches, generation), self._threads, self._depth)
         try:
-            while True:
-                while len(ahead) < self._depth and (batch := next(batches, None)) is not None:
-                    self._sequence += 1
-                    read = loop.run_in_executor(
-                        self._threads, self._read, batch, generation, self._sequence
-                    )
-                    ahead.append((batch, read))
-                if not ahead:
-                    return
-                first, read = ahead.popleft()
-                yield first, await self._finish(read)
-        finally:
-            await _drain([read for _, read in ahead])
-
-    async def _finish(self, read: asyncio.Future[bytes]) -> bytes:
-        try:
-            return await asyncio.shield(read)
+            async for frame in reads:
+                yield frame
         except OSError as error:
             raise io_error("source", error) from error
-        except asyncio.CancelledError:
-            await _drain([read])
-            raise
+        finally:
+            await reads.aclose()
 
-    def _read(self, batch: Batch, generation: int, sequence: int) -> bytes:
+    def _reads(
+        self, batches: Iterator[Batch], generation: int
+    ) -> Iterator[Callable[[], tuple[Batch, bytes]]]:
+        for batch in batches:
+            self._sequence += 1
+            yield partial(self._read, batch, generation, self._sequence)
+
+    def _read(self, batch: Batch, generation: int, sequence: int) -> tuple[Batch, bytes]:
         if batch.hole:
-            return zeros(
+            return batch, zeros(
                 batch.extents, volume=batch.volume, generation=generation, sequence=sequence
             )
         volume = self._volumes[batch.volume]
         with self._pool.lease() as scratch:
-            return gather(
+            return batch, gather(
                 volume.device,
                 batch.extents,
                 scratch,
@@ -91,10 +87,20 @@ class Reader:
             )
 
 
-async def _drain(reads: list[asyncio.Future[bytes]]) -> None:
-    """Wait for reads whose result nobody wants: their device may be closed only afterwards."""
-    for read in reads:
-        read.cancel()
-    for read in reads:
-        with suppress(OSError, asyncio.CancelledError):
-            await read
+async def read_digests(
+    device: BlockDevice, size_bytes: int, pool: BufferPool, threads: Executor
+) -> AsyncGenerator[tuple[int, bytes], None]:
+    """Iterate (offset, digests of the chunks from there on), read past all caches. OSError."""
+
+    def read(offset: int) -> tuple[int, bytes]:
+        with pool.lease() as scratch:
+            length = min(DIGEST_STEP_BYTES, size_bytes - offset)
+            return offset, digest(device, offset, length, scratch)
+
+    offsets = range(0, size_bytes, DIGEST_STEP_BYTES)
+    steps = run_ahead((partial(read, offset) for offset in offsets), threads, _DIGESTS_AHEAD)
+    try:
+        async for step in steps:
+            yield step
+    finally:
+        await steps.aclose()

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Executor
 from dataclasses import replace
 
@@ -20,16 +20,13 @@ from agent.errors import DataLoss, FailedPrecondition, InvalidArgument, Unavaila
 from agent.migration import Event as Entered
 from agent.migration import Migration, Plan, Progress, Role, Volume
 from agent.peer import SessionRequest
+from agent.reader import read_digests
 from agent.state import Event, Machine, State
 from agent.writer import Writer
 from native.blockio import BlockDevice
 from native.buffer import BufferPool
-from native.scan import digest
 
 _log = logging.getLogger(__name__)
-
-DIGEST_STEP_BYTES = 16 << 20
-"""Bytes of a volume whose digests travel in one message (16 MiB: 4 KiB of digests)."""
 
 _OPENING_SECONDS = 60.0
 """A session whose source does not begin to send within this time is given up."""
@@ -204,22 +201,19 @@ class TargetSession:
         if not self.state.is_terminal and self.state is not State.CUT_OVER:
             self._fail(error)
 
-    async def _digests(self, volume: int) -> AsyncIterator[tuple[int, bytes]]:
-        loop = asyncio.get_running_loop()
+    async def _digests(self, volume: int) -> AsyncGenerator[tuple[int, bytes], None]:
         spec = self._plan.volumes[volume]
-        device = await loop.run_in_executor(self._threads, BlockDevice, spec.target)
+        device = await asyncio.get_running_loop().run_in_executor(
+            self._threads, BlockDevice, spec.target
+        )
+        steps = read_digests(device, spec.size_bytes, self._pool, self._threads)
         try:
-            for offset in range(0, spec.size_bytes, DIGEST_STEP_BYTES):
-                length = min(DIGEST_STEP_BYTES, spec.size_bytes - offset)
-                yield (
-                    offset,
-                    await loop.run_in_executor(
-                        self._threads, read_digests, device, self._pool, offset, length
-                    ),
-                )
+            async for step in steps:
+                yield step
         except OSError as error:
             raise io_error("target", error) from error
         finally:
+            await steps.aclose()
             device.close()
 
     def _make_writer(self) -> Writer:
@@ -269,12 +263,6 @@ def open_targets(
         for volume in request.volumes:
             _check_distinct(volume, request)
     return _open_targets(request.volumes, allowed)
-
-
-def read_digests(device: BlockDevice, pool: BufferPool, offset: int, length: int) -> bytes:
-    """Digest the chunks of a range, read past all caches. Blocking."""
-    with pool.lease() as scratch:
-        return digest(device, offset, length, scratch)
 
 
 def _open_targets(volumes: tuple[Volume, ...], allowed: tuple[str, ...]) -> list[BlockDevice]:

@@ -6,16 +6,17 @@ Owns what a difference means: pending if the tracker has marked it since, a mism
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 
 from agent.device import io_error
 from agent.disk import SourceDisk
+from agent.errors import DataLoss
 from agent.migration import Comparison, Mismatch
 from agent.peer import Peer
+from agent.reader import read_digests
 from agent.sender import Sender, Workshop
 from native.chunk import CHUNK_BYTES, DIGEST_BYTES
-from native.scan import digest
 
 MAX_MISMATCHES = 100
 _MARK_SECONDS = 2.0
@@ -32,25 +33,39 @@ async def compare_ends(
     total = sum(disk.volume.size_bytes for disk in sender.disks)
     found = Comparison(0, total, 0, 0, (), done=False)
     for volume, disk in enumerate(sender.disks):
-        async for offset, theirs in peer.digests(token, volume):
-            length = min(len(theirs) // DIGEST_BYTES * CHUNK_BYTES, disk.volume.size_bytes - offset)
-            ours = await _own_digests(workshop, disk, offset, length)
-            for chunk in _differing(ours, theirs):
-                found = await _judge(found, workshop, disk, offset + chunk, settled=settled)
-            found = replace(found, compared_bytes=found.compared_bytes + length)
-            yield found
+        size = disk.volume.size_bytes
+        own = read_digests(disk.device, size, workshop.pool, workshop.threads)
+        try:
+            async for offset, theirs in peer.digests(token, volume):
+                ours = await _next(own, offset)
+                for chunk in _differing(ours, theirs):
+                    found = await _judge(found, workshop, disk, offset + chunk, settled=settled)
+                compared = min(len(ours) // DIGEST_BYTES * CHUNK_BYTES, size - offset)
+                found = replace(found, compared_bytes=found.compared_bytes + compared)
+                yield found
+        finally:
+            await own.aclose()
+    if found.compared_bytes != total:
+        raise DataLoss(
+            "DIGESTS_MISSING",
+            f"the target sent digests of {found.compared_bytes} bytes, not {total}; "
+            "run the same version on both hosts",
+        )
     yield replace(found, done=True)
 
 
-async def _own_digests(workshop: Workshop, disk: SourceDisk, offset: int, length: int) -> bytes:
-    def read() -> bytes:
-        with workshop.pool.lease() as scratch:
-            return digest(disk.device, offset, length, scratch)
-
+async def _next(own: AsyncGenerator[tuple[int, bytes], None], expected: int) -> bytes:
     try:
-        return await asyncio.get_running_loop().run_in_executor(workshop.threads, read)
+        offset, digests = await anext(own)
     except OSError as error:
         raise io_error("source", error) from error
+    if offset != expected:
+        raise DataLoss(
+            "DIGESTS_MISSING",
+            f"the target sent digests of offset {expected}, not {offset}; "
+            "run the same version on both hosts",
+        )
+    return digests
 
 
 def _differing(ours: bytes, theirs: bytes) -> list[int]:

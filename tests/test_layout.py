@@ -30,6 +30,7 @@ FLOORS = {
     "agent.rounds": 2,
     "agent.state": 2,
     # Hands: they touch the host.
+    "agent.ahead": 3,
     "agent.bell": 3,
     "agent.device": 3,
     "agent.doctor": 3,
