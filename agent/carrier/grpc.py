@@ -7,13 +7,19 @@ touching every frame; `tcp` is the fast one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import grpc.aio
 from warmsync.v1 import peer_service_pb2 as pb
 
 from agent.carrier.wire import encode
 from agent.errors import Unavailable, WarmsyncError
+
+_BROKEN_WRITE = "Internal error from Core"
+"""What grpc.aio calls a write into a stream that the other end has closed."""
+
+_STATUS_SECONDS = 1.0
 
 TRANSFER = "/warmsync.v1.PeerService/Transfer"
 """The method's full name."""
@@ -46,6 +52,9 @@ class GrpcCarrier:
         self._flushed: asyncio.Future[pb.RoundFlushed] | None = None
         self._failure: WarmsyncError | None = None
         self._answers: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
+        self._status: asyncio.Future[grpc.aio.AioRpcError] = loop.create_future()
+        self._call.add_done_callback(self._note_status)
 
     async def open(self) -> None:
         """Name the session to the target."""
@@ -101,9 +110,27 @@ class GrpcCarrier:
                 self._accept(answer)
             self._fail(_lost("it closed the stream"))
         except grpc.aio.AioRpcError as error:
-            self._fail(self._decode(error))
+            self._fail(await self._explain(error))
         except asyncio.CancelledError:
             self._fail(_lost("the stream was closed"))
+
+    async def _explain(self, error: grpc.aio.AioRpcError) -> WarmsyncError:
+        """Return the target's own reason; a write that failed meanwhile hides it from `error`."""
+        if error.details() == _BROKEN_WRITE:
+            try:
+                async with asyncio.timeout(_STATUS_SECONDS):
+                    error = await asyncio.shield(self._status)
+            except TimeoutError:
+                return _lost("it did not say why")
+        return self._decode(error)
+
+    def _note_status(self, call: Any) -> None:
+        """Keep the status that the target sent: gRPC overwrites it when a write fails (1.85)."""
+        details = _result(call.details())
+        if details != _BROKEN_WRITE and not self._status.done():
+            code, metadata = _result(call.code()), _result(call.trailing_metadata())
+            initial = grpc.aio.Metadata()
+            self._status.set_result(grpc.aio.AioRpcError(code, initial, metadata, details))
 
     def _accept(self, answer: pb.TransferResponse) -> None:
         if answer.HasField("flushed"):
@@ -116,8 +143,19 @@ class GrpcCarrier:
         self._failure = self._failure or failure
         if self._flushed is not None and not self._flushed.done():
             self._flushed.set_exception(self._failure)
+            self._flushed.exception()  # a flush that could not be sent does not wait for it
         for _ in range(WINDOW_FRAMES):  # wake senders: they find the failure
             self._window.release()
+
+
+def _result(call: Coroutine[Any, Any, Any]) -> Any:
+    """Return what a coroutine returns that has nothing to wait for, as the call is done."""
+    try:
+        call.send(None)
+    except StopIteration as done:
+        return done.value
+    call.close()
+    raise RuntimeError("the call is not done")
 
 
 def _lost(detail: str) -> Unavailable:

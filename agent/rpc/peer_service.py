@@ -49,6 +49,8 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         try:
             async for answer in inlet.answers():
                 yield answer
+            # Not only with the next message: a source that is paused sends none.
+            inlet.raise_failure()
             await feeder
         except WarmsyncError as error:
             failure = error
@@ -56,6 +58,7 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         finally:
             feeder.cancel()
             await asyncio.wait([feeder])
+            _ = feeder.cancelled() or feeder.exception()  # seen: nothing is left to be told
             session.end_stream(failure)
 
     async def DigestVolume(
@@ -155,12 +158,12 @@ class _Inlet:
                     raise InvalidArgument(
                         "PROTOCOL_ERROR", "a message of the stream is neither frame nor flush"
                     )
-                self._raise_failure()
+                self.raise_failure()
         finally:
             with suppress(asyncio.CancelledError):
                 await self._drain()
             self._answers.put_nowait(None)
-        self._raise_failure()
+        self.raise_failure()
 
     async def _accept(self, frame: memoryview) -> None:
         await self._window.acquire()
@@ -183,7 +186,7 @@ class _Inlet:
 
     async def _flush(self, flush: pb.FlushRound) -> None:
         await self._drain()
-        self._raise_failure()
+        self.raise_failure()
         if flush.frame_count != self._frames:
             raise DataLoss(
                 "FRAMES_MISSING",
@@ -199,7 +202,8 @@ class _Inlet:
         if self._writes:
             await asyncio.wait(self._writes)
 
-    def _raise_failure(self) -> None:
+    def raise_failure(self) -> None:
+        """Raise what a write failed with, if one did."""
         if self._failure is not None:
             raise self._failure
 
