@@ -1,0 +1,155 @@
+"""A target agent in this process, and a source's connection to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import threading
+from array import array
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.bell import Bell
+from agent.carrier import Carrier
+from agent.config import AgentConfig
+from agent.migration import PROTOCOL_VERSION, Volume
+from agent.peer import Peer, SessionRequest
+from agent.registry import Registry
+from agent.rpc.client import open_channel
+from agent.rpc.peer_client import PeerClient
+from agent.rpc.peer_service import PeerServicer, register
+from agent.rpc.server import AgentServer, Service, start_server
+from agent.target import TargetSession
+from native.blockio import BlockDevice
+from native.buffer import AlignedBuffer
+from native.frame import gather
+
+CARRIERS = ("grpc",)
+"""Every carrier joins here and in `Rig.open_carrier`."""
+
+BLOCK = 4096
+SIZE = 4 << 20
+
+
+@dataclass
+class Rig:
+    """The target agent with one session open, and the client of its source."""
+
+    kind: str
+    registry: Registry
+    server: AgentServer
+    peer: PeerClient
+    token: str
+    targets: list[Path]
+
+    @property
+    def session(self) -> TargetSession:
+        return self.registry.session(self.token)
+
+    async def open_carrier(self, token: str | None = None) -> Carrier:
+        assert self.kind == "grpc"
+        return await self.peer.open_carrier(self.token if token is None else token)
+
+
+@asynccontextmanager
+async def rig(kind: str, directory: Path, targets: list[Path]) -> AsyncIterator[Rig]:
+    """Start the agent, open a session for `targets` of SIZE bytes each; all ends with the block."""
+    allowed = tuple(str(path) for path in targets)
+    config = AgentConfig(
+        state_dir=str(directory / "state"), bpffs_dir=str(directory), allow_devices=allowed
+    )
+    registry = Registry(config, _no_peer)
+    service = Service("warmsync.v1.PeerService", lambda s: register(PeerServicer(registry), s))
+    server = await start_server("127.0.0.1:0", [service])
+    address = str(server.address)
+    peer = PeerClient(open_channel(address), address)
+    try:
+        token = await peer.open_session(request(targets))
+        yield Rig(kind, registry, server, peer, token, targets)
+    finally:
+        await peer.close()
+        await server.stop(0)
+        await registry.close()
+
+
+def request(targets: list[Path], **changes: object) -> SessionRequest:
+    """Return what a source on another host asks for."""
+    values: dict[str, object] = {
+        "migration_id": "web1",
+        "protocol_version": PROTOCOL_VERSION,
+        "boot_id": "another host",
+        "volumes": tuple(Volume(f"/src/{i}", str(t), SIZE, BLOCK) for i, t in enumerate(targets)),
+        "source_identities": tuple(() for _ in targets),
+    }
+    return SessionRequest(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def image(directory: Path, name: str, seed: int | None = None) -> Path:
+    """Return an image file of SIZE bytes: zeros, or noise of a seed."""
+    path = directory / name
+    path.write_bytes(random.Random(seed).randbytes(SIZE) if seed else bytes(SIZE))
+    return path
+
+
+def frame_of(
+    source: Path, offset: int, length: int, *, volume: int = 0, generation: int = 1, number: int = 1
+) -> bytes:
+    """Return a frame of one extent of the source."""
+    with BlockDevice(str(source)) as device:
+        extents = array("Q", [offset, length])
+        return gather(
+            device,
+            extents,
+            AlignedBuffer(length),
+            volume=volume,
+            generation=generation,
+            sequence=number,
+        )
+
+
+def frames_of(source: Path, step: int, *, volume: int = 0, generation: int = 1) -> list[bytes]:
+    """Return frames of `step` bytes each that hold the whole source."""
+    return [
+        frame_of(source, at, step, volume=volume, generation=generation, number=at // step)
+        for at in range(0, SIZE, step)
+    ]
+
+
+async def until(bell: Bell, condition: Callable[[], bool]) -> None:
+    """Wait for a migration to change until it is as wanted."""
+    while not condition():
+        await bell.wait(bell.count)
+
+
+def tasks() -> set[str]:
+    """Return the coroutines that tasks of this loop run, but the present one."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    return {repr(task.get_coro()) for task in others}
+
+
+def descriptors() -> list[str]:
+    """Return what the open descriptors of this process are."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.append(_kind(os.readlink(f"/proc/self/fd/{name}")))
+        except FileNotFoundError:  # the one of the listing itself
+            continue
+    return sorted(found)
+
+
+def threads() -> list[str]:
+    """Return the names of the living threads."""
+    return sorted(thread.name for thread in threading.enumerate())
+
+
+def _kind(link: str) -> str:
+    """Return what sort of thing a descriptor is: `socket:[123]` is a socket whatever its number."""
+    return link.partition("[")[0] if link.startswith(("socket:", "pipe:")) else link
+
+
+def _no_peer(address: str) -> Peer:
+    raise AssertionError(f"a target calls nobody, but called {address}")
