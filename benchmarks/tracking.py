@@ -24,7 +24,7 @@ from native.blockio import BlockDevice
 
 NAME = "tracking"
 TITLE = "tracking cost: fio, 4 KiB random writes, queue depth 16, on a loop device"
-_PINS = Path("/sys/fs/bpf/warmsync-bench")
+_BPFFS = Path("/sys/fs/bpf")
 
 
 def measure(options: Options) -> Iterator[Figure]:
@@ -50,7 +50,7 @@ def measure(options: Options) -> Iterator[Figure]:
 @contextmanager
 def _tracking(path: str) -> Iterator[None]:
     """Track a device: the map begins empty, so that marks are set and not only found."""
-    pins = _PINS / str(os.getpid())
+    pins = _BPFFS / f"warmsync-bench-{os.getpid()}"
     with BlockDevice(path) as device:
         tracker = EbpfTracker(device, 4096, pins)
         tracker.start()
@@ -60,7 +60,6 @@ def _tracking(path: str) -> Iterator[None]:
                 raise RuntimeError(f"the tracker saw none of the writes to {path}")
         finally:
             tracker.stop()
-            _PINS.rmdir()
 
 
 def _write(device: str, seconds: int) -> float:
