@@ -28,7 +28,7 @@ from native.blockio import BlockDevice
 LEAST_DATA_BYTES = 256 * 1024
 """Holes right behind less data than this are read: that takes about as long as to find them."""
 
-_SECTOR_BYTES = 512
+SECTOR_BYTES = 512
 _SYS_BLOCK = Path("/sys/dev/block")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -44,6 +44,8 @@ class DiskRange:
     start_sector: int
     sector_count: int
     bio_based: bool
+    queue_count: int
+    queue_depth: int
 
 
 def boot_id() -> str:
@@ -142,7 +144,7 @@ def identities(path: str) -> tuple[Identity, ...]:
     if not stat.S_ISBLK(status.st_mode):
         return (_file_identity(status, 0, status.st_size),)
     disk = disk_range(status.st_rdev)
-    start, length = disk.start_sector * _SECTOR_BYTES, disk.sector_count * _SECTOR_BYTES
+    start, length = disk.start_sector * SECTOR_BYTES, disk.sector_count * SECTOR_BYTES
     own = Identity(f"block:{disk.major}:{disk.minor}", start, length)
     loop = _SYS_BLOCK / f"{disk.major}:{disk.minor}" / "loop"
     try:
@@ -153,14 +155,20 @@ def identities(path: str) -> tuple[Identity, ...]:
     return (own, _file_identity(backing, offset + start, length))
 
 
+def system_path(device_number: int) -> Path:
+    """Return a block device's directory in sysfs; a partition's lies in that of its disk."""
+    return (_SYS_BLOCK / f"{os.major(device_number)}:{os.minor(device_number)}").resolve()
+
+
 def disk_range(device_number: int) -> DiskRange:
     """Return where a block device (st_rdev) lies on its whole disk; OSError without sysfs."""
-    system = (_SYS_BLOCK / f"{os.major(device_number)}:{os.minor(device_number)}").resolve()
+    system = system_path(device_number)
     sectors = int((system / "size").read_text())
     is_partition = (system / "partition").exists()
     disk = system.parent if is_partition else system
     major, minor = map(int, (disk / "dev").read_text().split(":"))
     sequence = disk / "diskseq"
+    queues = [path for path in disk.glob("mq/*") if path.is_dir()]
     return DiskRange(
         major=major,
         minor=minor,
@@ -168,7 +176,9 @@ def disk_range(device_number: int) -> DiskRange:
         disk_sequence=int(sequence.read_text()) if sequence.exists() else 0,
         start_sector=int((system / "start").read_text()) if is_partition else 0,
         sector_count=sectors,
-        bio_based=not (disk / "mq").exists(),
+        bio_based=not queues,
+        queue_count=len(queues),
+        queue_depth=max((int((one / "nr_tags").read_text()) for one in queues), default=0),
     )
 
 

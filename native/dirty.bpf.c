@@ -1,14 +1,17 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* Marks in a bitmap what was written to one range of one disk.
  *
- * A mark is set when a write completes: a mark set at submission could be taken, and the old data
- * read, before the write lands. Whatever is not known to leave the data alone marks, failed or not;
- * where the range cannot be known `lost` is counted, so that nothing is missed in silence.
+ * A write marks when it is issued and again when it completes, and is noted as in flight between
+ * the two. The mark at issue alone could be taken, and the old data read, before the write lands;
+ * so who takes marks afresh what is in flight at that moment. That makes each write marked once it
+ * has landed even if no program runs on its completion, which the kernel does not promise: it skips
+ * a program that it finds running on the same CPU (`prog->active` in __bpf_trace_run), and kernels
+ * that shield a process from tracing skip all on an interrupt that arrives on top of it (seen: one
+ * of some 50,000 completions missing). The note of a write whose completion was missed stays, and
+ * is marked in each take, until its tag is used again or the disk is seen idle.
  *
- * Completions come in task, softirq and hard interrupt context, and the kernel skips a program that
- * it finds running on the same CPU (`prog->active` in __bpf_trace_run, kernel 6.1 and later). One
- * interrupted program must not cost a mark: each completion program is attached three times, once
- * a context. Marking is idempotent, and at most two of them can be interrupted on one CPU.
+ * Whatever is not known to leave the data alone marks, failed or not; where the range cannot be
+ * known `lost` is counted, so that nothing is missed in silence.
  *
  * Structures hold only what is read; libbpf fits offsets and constants to the running kernel. */
 #include <linux/bpf.h>
@@ -18,6 +21,7 @@
 
 #include "dirty.h"
 
+#define barrier() asm volatile("" ::: "memory")
 #define KERNEL __attribute__((preserve_access_index))
 #define MAX_BIOS 65536 /* bios in one request; drivers take 256 discard ranges at most */
 
@@ -47,10 +51,16 @@ struct bio {
     void *bi_private;
 } KERNEL;
 
+struct blk_mq_hw_ctx {
+    unsigned int queue_num;
+} KERNEL;
+
 struct request {
     struct request_queue *q;
+    struct blk_mq_hw_ctx *mq_hctx;
     unsigned int cmd_flags;
     unsigned int __data_len;
+    int tag;
     __u64 __sector;
     struct bio *bio;
 } KERNEL;
@@ -87,11 +97,6 @@ enum req_flag_bits { __REQ_FAILFAST_DEV };
          : bpf_core_enum_value_exists(enum req_opf, name##___old) &&                               \
                (op) == bpf_core_enum_value(enum req_opf, name##___old))
 
-struct span {
-    __u64 sector;
-    __u64 count;
-};
-
 const volatile struct dirty_watch watch = {};
 
 struct {
@@ -110,14 +115,23 @@ struct {
     __type(value, struct dirty_range);
 } range SEC(".maps");
 
-/* What bios in flight will write, by their address: on completion their iterators have moved. LRU:
- * an entry left behind is pushed out, and one pushed out too early counts as lost on completion. */
+/* Requests in flight: a slot for each tag of each queue, which one request has at a time. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(map_flags, BPF_F_MMAPABLE);
+    __uint(max_entries, 1); /* queue_count * queue_depth, set before loading */
+    __type(key, __u32);
+    __type(value, struct dirty_slot);
+} slots SEC(".maps");
+
+/* Bios in flight by their address: on completion their iterators have moved. LRU: an entry left
+ * behind is pushed out, and one pushed out too early counts as lost on completion. */
 struct {
     __uint(type, BPF_MAP_TYPE_LRU_HASH);
     __uint(max_entries, DIRTY_MAX_INFLIGHT);
     __type(key, __u64);
-    __type(value, struct span);
-} inflight SEC(".maps");
+    __type(value, struct dirty_slot);
+} bios SEC(".maps");
 
 static __always_inline struct dirty_range *counters(void) {
     __u32 zero = 0;
@@ -237,23 +251,90 @@ static __always_inline void mark_discards(struct request *rq) {
         count_lost();
 }
 
-/* Request-based disks. A request may complete in parts; the kernel calls before it moves __sector.
- * A flush's second completion has no bytes left. */
-static __always_inline int complete_request(struct request *rq, __u32 nr_bytes) {
-    if (!is_ours(rq->q->disk))
+struct bounds {
+    struct bio *bio;
+    __u64 first;
+    __u64 end;
+};
+
+static long widen(__u32 turn, void *context) {
+    struct bounds *bounds = context;
+    struct bio *bio = bounds->bio;
+    (void)turn;
+    if (!bio)
+        return 1;
+    __u64 sector = BPF_CORE_READ(bio, bi_iter.bi_sector);
+    __u64 end = sector + sectors_of(BPF_CORE_READ(bio, bi_iter.bi_size));
+    bounds->first = sector < bounds->first ? sector : bounds->first;
+    bounds->end = end > bounds->end ? end : bounds->end;
+    bounds->bio = BPF_CORE_READ(bio, bi_next);
+    return 0;
+}
+
+static __always_inline struct dirty_slot *slot_of(struct request *rq) {
+    __u32 queue = rq->mq_hctx->queue_num, tag = rq->tag;
+    if (queue >= watch.queue_count || tag >= watch.queue_depth)
         return 0;
-    note_seen();
+    __u32 index = queue * watch.queue_depth + tag;
+    return bpf_map_lookup_elem(&slots, &index);
+}
+
+/* Note the request before its mark is set: a take that gets the mark then finds the note, or the
+ * write has landed. An older note in the slot is of a request that has ended, and was marked by
+ * every take since it was issued. */
+static __always_inline void note_request(struct request *rq, __u64 sector, __u64 count) {
+    struct dirty_slot *slot = slot_of(rq);
+    if (!slot || count >> 32) {
+        count_lost();
+        return;
+    }
+    __u64 turn = (slot->state >> 32) + 1;
+    slot->sector = sector;
+    barrier();
+    slot->state = turn << 32 | count;
+}
+
+static __always_inline void mark_request(struct request *rq, __u32 bytes) {
+    if (OP_IS(op_of(rq->cmd_flags), REQ_OP_DISCARD) && rq->bio)
+        mark_discards(rq);
+    else
+        mark(rq->__sector, sectors_of(bytes));
+}
+
+/* True if it is a write to our disk with a range; what has none is counted. */
+static __always_inline _Bool is_write(struct request *rq) {
     __u32 op = op_of(rq->cmd_flags);
     if (leaves_data_alone(op))
         return 0;
     if (!has_range(op))
-        return count_lost();
-    if (nr_bytes == 0)
+        count_lost();
+    return has_range(op);
+}
+
+/* Request-based disks, before the driver sees the request. */
+static __always_inline int issue_request(struct request *rq) {
+    if (!is_ours(rq->q->disk) || !is_write(rq) || rq->__data_len == 0)
         return 0;
-    if (OP_IS(op, REQ_OP_DISCARD) && rq->bio)
-        mark_discards(rq);
-    else
-        mark(rq->__sector, sectors_of(nr_bytes));
+    struct bounds bounds = {rq->bio, rq->__sector, rq->__sector + sectors_of(rq->__data_len)};
+    if (OP_IS(op_of(rq->cmd_flags), REQ_OP_DISCARD))
+        bpf_loop(MAX_BIOS, widen, &bounds, 0);
+    note_request(rq, bounds.first, bounds.end - bounds.first);
+    mark_request(rq, rq->__data_len);
+    return 0;
+}
+
+/* A request may complete in parts; the kernel calls before it moves __sector. A flush's second
+ * completion has no bytes left. */
+static __always_inline int complete_request(struct request *rq, __u32 nr_bytes) {
+    if (!is_ours(rq->q->disk))
+        return 0;
+    note_seen();
+    if (!is_write(rq) || nr_bytes == 0)
+        return 0;
+    mark_request(rq, nr_bytes);
+    struct dirty_slot *slot = slot_of(rq);
+    if (slot && nr_bytes >= rq->__data_len)
+        slot->state = slot->state >> 32 << 32; /* no sectors: nothing in flight */
     return 0;
 }
 
@@ -264,30 +345,30 @@ static __always_inline int remember(struct bio *bio) {
     if (leaves_data_alone(op) || !is_ours(bio->bi_bdev->bd_disk))
         return 0;
     __u64 key = (__u64)bio;
-    struct span span = {bio->bi_iter.bi_sector, 0};
+    struct dirty_slot note = {bio->bi_iter.bi_sector, 0};
     if (has_range(op))
-        span.count = sectors_of(bio->bi_iter.bi_size);
+        note.state = sectors_of(bio->bi_iter.bi_size);
     else
         count_lost();
-    if (bpf_map_update_elem(&inflight, &key, &span, BPF_ANY))
+    if (bpf_map_update_elem(&bios, &key, &note, BPF_ANY))
         count_lost();
-    return 0;
+    return mark(note.sector, note.state);
 }
 
-/* True if the bio was remembered. The last of the three programs forgets it. */
+/* True if the bio was remembered. */
 static __always_inline _Bool recall(__u64 bio, _Bool forget) {
-    struct span *span = bpf_map_lookup_elem(&inflight, &bio);
-    if (!span)
+    struct dirty_slot *note = bpf_map_lookup_elem(&bios, &bio);
+    if (!note)
         return 0;
-    mark(span->sector, span->count);
+    mark(note->sector, note->state);
     if (forget)
-        bpf_map_delete_elem(&inflight, &bio);
+        bpf_map_delete_elem(&bios, &bio);
     return 1;
 }
 
 /* Look for the bio first, whatever its disk: a driver may have sent it on to another. */
-static __always_inline int complete_bio(struct bio *bio, _Bool forget) {
-    if (recall((__u64)bio, forget)) {
+static __always_inline int complete_bio(struct bio *bio) {
+    if (recall((__u64)bio, 1)) {
         note_seen();
         return 0;
     }
@@ -299,7 +380,7 @@ static __always_inline int complete_bio(struct bio *bio, _Bool forget) {
     /* A part split off (bio_chain: its private is the whole, which will mark), or a write that was
      * in flight before we were attached. */
     __u64 whole = (__u64)bio->bi_private;
-    if (!bpf_map_lookup_elem(&inflight, &whole))
+    if (!bpf_map_lookup_elem(&bios, &whole))
         count_lost();
     return 0;
 }
@@ -322,10 +403,10 @@ static long recall_bio(__u32 turn, void *context) {
 
 /* Bios that a bio-based disk sent on, as they are, to a request-based one (NVMe multipath, md
  * raid0) complete with that one's request, and the kernel reports no bio completion for them. */
-static __always_inline int complete_sent_on(struct request *rq, __u32 nr_bytes, _Bool last) {
+static __always_inline int complete_sent_on(struct request *rq, __u32 nr_bytes) {
     if (!rq->bio || leaves_data_alone(op_of(rq->cmd_flags)))
         return 0;
-    struct sent_on sent = {(__u64)rq->bio, last && nr_bytes >= rq->__data_len};
+    struct sent_on sent = {(__u64)rq->bio, nr_bytes >= rq->__data_len};
     bpf_loop(MAX_BIOS, recall_bio, &sent, 0);
     return sent.bio ? count_lost() : 0;
 }
@@ -334,7 +415,18 @@ static __always_inline int complete_sent_on(struct request *rq, __u32 nr_bytes, 
  */
 #define ARGUMENT(type, index) ((type)context[index])
 
-/* Once each: bios are submitted in task context, and one missed here is counted on completion. */
+/* What notes writes stands before what completes them: attached in this order, none completes
+ * unknown. */
+SEC("tp_btf/block_rq_issue")
+int rq_issue(__u64 *context) {
+    return issue_request(ARGUMENT(struct request *, 0));
+}
+
+SEC("tp_btf/block_rq_complete")
+int rq_complete(__u64 *context) {
+    return complete_request(ARGUMENT(struct request *, 0), ARGUMENT(__u32, 2));
+}
+
 SEC("tp_btf/block_bio_queue")
 int bio_queue(__u64 *context) {
     return remember(ARGUMENT(struct bio *, 0));
@@ -346,28 +438,14 @@ int bio_remap(__u64 *context) {
     return remember(ARGUMENT(struct bio *, 0));
 }
 
-#define RQ_COMPLETE(number, last)                                                                  \
-    SEC("tp_btf/block_rq_complete")                                                                \
-    int rq_complete_##number(__u64 *context) {                                                     \
-        return complete_request(ARGUMENT(struct request *, 0), ARGUMENT(__u32, 2));                \
-    }
+SEC("tp_btf/block_bio_complete")
+int bio_complete(__u64 *context) {
+    return complete_bio(ARGUMENT(struct bio *, 1));
+}
 
-#define BIO_COMPLETE(number, last)                                                                 \
-    SEC("tp_btf/block_bio_complete")                                                               \
-    int bio_complete_##number(__u64 *context) {                                                    \
-        return complete_bio(ARGUMENT(struct bio *, 1), last);                                      \
-    }
-
-#define BIO_SENT_ON(number, last)                                                                  \
-    SEC("tp_btf/block_rq_complete")                                                                \
-    int bio_sent_on_##number(__u64 *context) {                                                     \
-        return complete_sent_on(ARGUMENT(struct request *, 0), ARGUMENT(__u32, 2), last);          \
-    }
-
-#define THREE(program) program(0, 0) program(1, 0) program(2, 1)
-
-THREE(RQ_COMPLETE)
-THREE(BIO_COMPLETE)
-THREE(BIO_SENT_ON)
+SEC("tp_btf/block_rq_complete")
+int bio_sent_on(__u64 *context) {
+    return complete_sent_on(ARGUMENT(struct request *, 0), ARGUMENT(__u32, 2));
+}
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -11,7 +11,7 @@
 #define DIRTY_SECTOR_SHIFT                                                                         \
     9 /* the block layer counts in 512 bytes, whatever the device's sector                         \
        */
-#define DIRTY_MAX_INFLIGHT 65536
+#define DIRTY_MAX_INFLIGHT 65536 /* bios, or slots for requests */
 
 /* Constants of one loaded object: the verifier sees them as such and folds them. */
 struct dirty_watch {
@@ -21,6 +21,15 @@ struct dirty_watch {
     __u64 sector_count;
     __u32 block_shift; /* log2 of the sectors in a block */
     __u32 word_count;
+    __u32 queue_count; /* hardware queues of a request-based disk, and the tags of each */
+    __u32 queue_depth;
+};
+
+/* A request in flight, in the slot of its queue and tag; or a bio, in a hash by its address.
+ * state: 0 for none, else a sequence number (high half, never 0 for a used one) and the sectors. */
+struct dirty_slot {
+    __u64 sector;
+    __u64 state;
 };
 
 /* The one value of the map "range": what the bitmap beside it means, and the counters. */
@@ -36,6 +45,8 @@ struct dirty_range {
     __u64 block_size_bytes;
     __u32 bio_based;
     __u32 word_count;
+    __u32 queue_count;
+    __u32 queue_depth;
     /* On a cache line of their own: the rest is never written after attach. */
     __u64 seen __attribute__((aligned(64)));
     __u64 lost;

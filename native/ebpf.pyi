@@ -16,6 +16,17 @@ class TrackedRange(NamedTuple):
     sector_count: int
     block_size_bytes: int
     bio_based: bool
+    queue_count: int
+    """Hardware queues of a request-based disk, and the tags of each; 0 if bio-based."""
+    queue_depth: int
+
+class InFlight(NamedTuple):
+    """A write that was issued and not yet seen to complete, in sectors of the whole disk."""
+
+    key: int
+    sector: int
+    sector_count: int
+    state: int
 
 class Counters(NamedTuple):
     """What the programs saw since they were attached."""
@@ -23,7 +34,7 @@ class Counters(NamedTuple):
     seen: int
     """1 once any completion of the disk, reads included, was seen: proof that tracking works."""
     lost: int
-    """Counts writes whose range could not be known (up to three times each, never less than once).
+    """Counts writes whose range could not be known (perhaps at issue and again at completion).
 
     Any change makes the whole volume suspect: commands passed through (SG_IO, NVMe), zone resets,
     and on a bio-based disk a write that was in flight at attach. The last are harmless if they end
@@ -70,6 +81,16 @@ class KernelTracker:
         Stays valid while referenced: the memory is unmapped once closed and no view is left.
         """
     def counters(self) -> Counters: ...
+    def in_flight(self) -> list[InFlight]:
+        """Return the writes that were issued and not seen to complete.
+
+        Who takes the marks must afterwards mark these again: they may land after the take.
+        """
+    def forget(self, write: InFlight) -> None:
+        """Drop the note of a write that is known to have ended, unless the note has changed.
+
+        Its completion was missed by the programs. Mark its range before.
+        """
     def close(self) -> None:
         """Unmap and close; the kernel goes on marking while the pins exist."""
     def destroy(self) -> None:

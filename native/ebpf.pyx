@@ -6,7 +6,8 @@ from pathlib import Path
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
 from libc.errno cimport EPERM
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 
 cdef extern from "ebpf_impl.h" nogil:
     struct dirty_range:
@@ -18,6 +19,8 @@ cdef extern from "ebpf_impl.h" nogil:
         uint64_t block_size_bytes
         uint32_t bio_based
         uint32_t word_count
+        uint32_t queue_count
+        uint32_t queue_depth
         uint64_t seen
         uint64_t lost
     ctypedef struct ws_failure:
@@ -28,13 +31,21 @@ cdef extern from "ebpf_impl.h" nogil:
         dirty_range *range
         uint64_t *words
         size_t words_bytes
+        void *slots
+        int bios
+    ctypedef struct ws_in_flight:
+        uint64_t key
+        uint64_t sector
+        uint64_t state
+    int64_t ws_tracker_in_flight(const ws_tracker *tracker, ws_in_flight *out, size_t room)
+    int ws_tracker_forget(const ws_tracker *tracker, const ws_in_flight *write)
+    void ws_tracker_unmap(ws_tracker *tracker)
     int ws_tracker_check(const char *object, ws_failure *failure)
     int ws_tracker_attach(const char *object, const dirty_range *range, const char *pin_dir,
                           ws_tracker *tracker, ws_failure *failure)
     int ws_tracker_open(const char *pin_dir, ws_tracker *tracker, ws_failure *failure)
     int ws_tracker_remove(const char *pin_dir, ws_failure *failure)
     uint64_t ws_tracker_load(const uint64_t *counter)
-    void ws_tracker_unmap_range(dirty_range *range)
     void ws_tracker_unmap_words(uint64_t *words, size_t bytes)
 
 SECTOR_BYTES = 512
@@ -42,11 +53,14 @@ BITS_PER_WORD = 64
 MAX_WORDS = (1 << 32) - 1
 MAX_SECTORS = 1 << 55
 MAX_BLOCK_BYTES = 1 << 30
+MAX_SLOTS = 1 << 20
 
 TrackedRange = namedtuple(
     "TrackedRange",
-    "major minor disk_sequence start_sector sector_count block_size_bytes bio_based",
+    "major minor disk_sequence start_sector sector_count block_size_bytes bio_based "
+    "queue_count queue_depth",
 )
+InFlight = namedtuple("InFlight", "key sector sector_count state")
 Counters = namedtuple("Counters", "seen lost")
 
 cdef char *WORD_FORMAT = b"Q"
@@ -60,6 +74,11 @@ cdef object explain(int code, ws_failure *failure):
     if log.strip():
         error.add_note(log.strip())
     return error
+
+
+cdef void forget_mapping(ws_tracker *mapped) noexcept:
+    mapped.range, mapped.words, mapped.words_bytes = NULL, NULL, 0
+    mapped.slots, mapped.bios = NULL, -1
 
 
 cdef void clear(ws_failure *failure) noexcept:
@@ -77,6 +96,8 @@ cdef object check_watch(object watch):
         raise ValueError(
             f"start_sector {watch.start_sector}, sector_count {watch.sector_count}: no such range"
         )
+    if not watch.bio_based and not 0 < watch.queue_count * watch.queue_depth <= MAX_SLOTS:
+        raise ValueError(f"{watch.queue_count} queues of {watch.queue_depth} tags: no such disk")
     blocks = -(-watch.sector_count * SECTOR_BYTES // block)
     words = -(-blocks // BITS_PER_WORD)
     if words > MAX_WORDS:
@@ -95,6 +116,8 @@ cdef dirty_range describe(object watch) except *:
     described.sector_count = watch.sector_count
     described.block_size_bytes = watch.block_size_bytes
     described.bio_based = bool(watch.bio_based)
+    described.queue_count = watch.queue_count
+    described.queue_depth = watch.queue_depth
     described.seen = 0
     described.lost = 0
     return described
@@ -155,15 +178,18 @@ cdef class Words:
 cdef class KernelTracker:
     """Programs attached to the block layer for one range of one disk."""
 
-    cdef dirty_range *range
+    cdef ws_tracker mapped
     cdef Words memory
     cdef readonly object pin_dir
+
+    def __cinit__(self):
+        forget_mapping(&self.mapped)
 
     def __init__(self):
         raise TypeError("use KernelTracker.attach or KernelTracker.open")
 
     def __dealloc__(self):
-        ws_tracker_unmap_range(self.range)
+        ws_tracker_unmap(&self.mapped)
 
     @staticmethod
     cdef KernelTracker adopt(object pin_dir, ws_tracker *mapped):
@@ -171,7 +197,7 @@ cdef class KernelTracker:
         cdef KernelTracker tracker = KernelTracker.__new__(KernelTracker)
         memory.words, memory.mapped_bytes = mapped.words, mapped.words_bytes
         memory.count, memory.stride = mapped.range.word_count, sizeof(uint64_t)
-        tracker.range, tracker.memory, tracker.pin_dir = mapped.range, memory, pin_dir
+        tracker.mapped, tracker.memory, tracker.pin_dir = mapped[0], memory, pin_dir
         return tracker
 
     @classmethod
@@ -184,7 +210,7 @@ cdef class KernelTracker:
         cdef bytes directory = os.fsencode(pin_dir)
         cdef const char *path = directory
         cdef const char *program = OBJECT
-        mapped.range, mapped.words, mapped.words_bytes = NULL, NULL, 0
+        forget_mapping(&mapped)
         clear(&failure)
         with nogil:
             code = ws_tracker_attach(program, &described, path, &mapped, &failure)
@@ -200,7 +226,7 @@ cdef class KernelTracker:
         cdef int code
         cdef bytes directory = os.fsencode(pin_dir)
         cdef const char *path = directory
-        mapped.range, mapped.words, mapped.words_bytes = NULL, NULL, 0
+        forget_mapping(&mapped)
         clear(&failure)
         with nogil:
             code = ws_tracker_open(path, &mapped, &failure)
@@ -209,9 +235,9 @@ cdef class KernelTracker:
         return KernelTracker.adopt(pin_dir, &mapped)
 
     cdef dirty_range *described(self) except NULL:
-        if self.range == NULL:
+        if self.mapped.range == NULL:
             raise ValueError(f"the tracker of {self.pin_dir} is closed")
-        return self.range
+        return self.mapped.range
 
     @property
     def watch(self):
@@ -225,6 +251,8 @@ cdef class KernelTracker:
             of.sector_count,
             of.block_size_bytes,
             bool(of.bio_based),
+            of.queue_count,
+            of.queue_depth,
         )
 
     @property
@@ -238,10 +266,42 @@ cdef class KernelTracker:
         cdef dirty_range *of = self.described()
         return Counters(ws_tracker_load(&of.seen), ws_tracker_load(&of.lost))
 
+    def in_flight(self):
+        """Return the writes that were issued and not seen to complete."""
+        self.described()
+        cdef int64_t count, room = 1024
+        cdef ws_in_flight *found
+        while True:
+            found = <ws_in_flight *>malloc(room * sizeof(ws_in_flight))
+            if found == NULL:
+                raise MemoryError()
+            try:
+                with nogil:
+                    count = ws_tracker_in_flight(&self.mapped, found, <size_t>room)
+                if count < 0:
+                    raise OSError(-count, f"{os.strerror(-count)}: could not list writes in flight")
+                if count <= room:
+                    return [
+                        InFlight(one.key, one.sector, one.state & 0xffffffff, one.state)
+                        for one in found[:count]
+                    ]
+                room = 2 * count
+            finally:
+                free(found)
+
+    def forget(self, object write):
+        """Drop a note of `in_flight`, unless it has changed."""
+        cdef ws_in_flight one
+        cdef int code
+        self.described()
+        one.key, one.sector, one.state = write.key, write.sector, write.state
+        code = ws_tracker_forget(&self.mapped, &one)
+        if code:
+            raise OSError(-code, f"{os.strerror(-code)}: could not forget a write in flight")
+
     def close(self):
         """Unmap; the kernel goes on marking while the pins exist. Views of `words` stay valid."""
-        ws_tracker_unmap_range(self.range)
-        self.range = NULL
+        ws_tracker_unmap(&self.mapped)
         self.memory = None
 
     def destroy(self):

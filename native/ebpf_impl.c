@@ -4,6 +4,7 @@
 #include <bpf/libbpf.h>
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <linux/magic.h>
 #include <stdarg.h>
@@ -18,6 +19,7 @@
 
 #define MAX_LINKS 16
 #define MAX_MAPS 16
+#define MAX_LOADS 20
 #define BIO_PREFIX "bio_" /* of programs for bio-based disks; the others begin with "rq_" */
 
 /* libbpf has one print function for the process; it is told here who is asking. */
@@ -89,6 +91,8 @@ static int set_constants(struct bpf_object *object, const struct dirty_range *ra
         .sector_count = range->sector_count,
         .block_shift = (unsigned)__builtin_ctzll(range->block_size_bytes >> DIRTY_SECTOR_SHIFT),
         .word_count = range->word_count,
+        .queue_count = range->queue_count,
+        .queue_depth = range->queue_depth,
     };
     struct bpf_map *constants = bpf_object__find_map_by_name(object, ".rodata");
     if (constants == NULL)
@@ -96,23 +100,29 @@ static int set_constants(struct bpf_object *object, const struct dirty_range *ra
     return -bpf_map__set_initial_value(constants, &watch, sizeof(watch));
 }
 
+static uint32_t slot_count(const struct dirty_range *range) {
+    return range->queue_count * range->queue_depth;
+}
+
 static int configure(struct bpf_object *object, struct dirty_range *range) {
     struct bpf_map *dirty = bpf_object__find_map_by_name(object, "dirty");
-    struct bpf_map *inflight = bpf_object__find_map_by_name(object, "inflight");
-    if (dirty == NULL || inflight == NULL)
+    struct bpf_map *slots = bpf_object__find_map_by_name(object, "slots");
+    struct bpf_map *bios = bpf_object__find_map_by_name(object, "bios");
+    if (dirty == NULL || slots == NULL || bios == NULL)
         return ENOENT;
     range->link_count = select_programs(object, range->bio_based);
     int error = set_constants(object, range);
     if (!error)
         error = -bpf_map__set_max_entries(dirty, range->word_count);
+    if (!error && !range->bio_based)
+        error = -bpf_map__set_max_entries(slots, slot_count(range));
     if (!error)
-        error = -bpf_map__set_autocreate(inflight, range->bio_based);
+        error = -bpf_map__set_autocreate(range->bio_based ? slots : bios, false);
     return error;
 }
 
 /* BPF tracing relies on preemption being off in tracepoints to bound how deep programs nest;
- * real-time kernels are about to give that up, and three copies of a program would not be enough
- * there. */
+ * real-time kernels are about to give that up. */
 static int refuse_realtime(ws_failure *failure) {
     struct utsname name;
     if (uname(&name) == 0 && strstr(name.version, "PREEMPT_RT") != NULL)
@@ -120,11 +130,8 @@ static int refuse_realtime(ws_failure *failure) {
     return 0;
 }
 
-static int load(const char *file, struct dirty_range *range, struct bpf_object **loaded,
-                ws_failure *failure) {
-    int error = refuse_realtime(failure);
-    if (error)
-        return error;
+static int load_once(const char *file, struct dirty_range *range, struct bpf_object **loaded,
+                     ws_failure *failure) {
     struct bpf_object *object = bpf_object__open_file(file, NULL);
     if (object == NULL)
         return fail(failure, errno, "open the eBPF object %s", file);
@@ -140,12 +147,31 @@ static int load(const char *file, struct dirty_range *range, struct bpf_object *
     return error;
 }
 
+/* The verifier gives up with EAGAIN when a signal is pending (a profiler's, say); libbpf tries a
+ * few times and no more. */
+static int load(const char *file, struct dirty_range *range, struct bpf_object **loaded,
+                ws_failure *failure) {
+    int error = refuse_realtime(failure);
+    if (error)
+        return error;
+    for (int turn = 0; turn < MAX_LOADS; turn++) {
+        error = load_once(file, range, loaded, failure);
+        if (error != EAGAIN)
+            break;
+    }
+    return error;
+}
+
 int ws_tracker_check(const char *file, ws_failure *failure) {
     current = failure;
     int error = 0;
     for (unsigned bio_based = 0; bio_based < 2 && !error; bio_based++) {
-        struct dirty_range range = {
-            .sector_count = 1, .block_size_bytes = 4096, .bio_based = bio_based, .word_count = 1};
+        struct dirty_range range = {.sector_count = 1,
+                                    .block_size_bytes = 4096,
+                                    .bio_based = bio_based,
+                                    .word_count = 1,
+                                    .queue_count = 1,
+                                    .queue_depth = 1};
         struct bpf_object *object = NULL;
         error = load(file, &range, &object, failure);
         if (!error)
@@ -187,9 +213,34 @@ static int map_words(int fd, ws_tracker *tracker, ws_failure *failure) {
     return 0;
 }
 
-void ws_tracker_unmap_range(struct dirty_range *range) {
-    if (range != NULL)
-        munmap(range, whole_pages(sizeof(*range)));
+static size_t slots_bytes(const struct dirty_range *range) {
+    return whole_pages((size_t)slot_count(range) * sizeof(struct dirty_slot));
+}
+
+/* Keep the map of bios, or map the slots. `fd` stays the caller's. */
+static int map_in_flight(int fd, ws_tracker *tracker, ws_failure *failure) {
+    void *memory;
+    if (tracker->range->bio_based) {
+        tracker->bios = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+        return tracker->bios < 0 ? fail(failure, errno, "keep the map of bios") : 0;
+    }
+    int error = map_memory(fd, slots_bytes(tracker->range), &memory);
+    if (error)
+        return fail(failure, error, "map the tracker's slots");
+    tracker->slots = memory;
+    return 0;
+}
+
+void ws_tracker_unmap(ws_tracker *tracker) {
+    if (tracker->slots != NULL)
+        munmap(tracker->slots, slots_bytes(tracker->range));
+    if (tracker->bios >= 0)
+        close(tracker->bios);
+    if (tracker->range != NULL)
+        munmap(tracker->range, whole_pages(sizeof(*tracker->range)));
+    tracker->range = NULL;
+    tracker->slots = NULL;
+    tracker->bios = -1;
 }
 
 void ws_tracker_unmap_words(uint64_t *words, size_t bytes) {
@@ -198,9 +249,65 @@ void ws_tracker_unmap_words(uint64_t *words, size_t bytes) {
 }
 
 static void unmap(ws_tracker *tracker) {
-    ws_tracker_unmap_range(tracker->range);
+    ws_tracker_unmap(tracker);
     ws_tracker_unmap_words(tracker->words, tracker->words_bytes);
-    *tracker = (ws_tracker){0};
+    tracker->words = NULL;
+}
+
+static const char *in_flight_map(const struct dirty_range *range) {
+    return range->bio_based ? "bios" : "slots";
+}
+
+/* ---- writes in flight ---- */
+
+static int64_t list_slots(const ws_tracker *tracker, ws_in_flight *out, size_t room) {
+    size_t found = 0, count = slot_count(tracker->range);
+    for (size_t i = 0; i < count; i++) {
+        uint64_t state = __atomic_load_n(&tracker->slots[i].state, __ATOMIC_ACQUIRE);
+        if ((uint32_t)state == 0)
+            continue;
+        if (found < room)
+            out[found] = (ws_in_flight){i, tracker->slots[i].sector, state};
+        /* Reused while we looked: the new write's own mark lies in the bitmap, untaken. */
+        found++;
+    }
+    return (int64_t)found;
+}
+
+static int64_t list_bios(const ws_tracker *tracker, ws_in_flight *out, size_t room) {
+    size_t found = 0;
+    __u64 key = 0, next;
+    struct dirty_slot note;
+    void *from = NULL;
+    while (bpf_map_get_next_key(tracker->bios, from, &next) == 0) {
+        if (bpf_map_lookup_elem(tracker->bios, &next, &note) == 0) {
+            if (found < room)
+                out[found] = (ws_in_flight){next, note.sector, note.state};
+            found++;
+        }
+        if (found > DIRTY_MAX_INFLIGHT)
+            return -ELOOP; /* a key that vanished makes the walk start again: give up at last */
+        key = next;
+        from = &key;
+    }
+    return errno == ENOENT ? (int64_t)found : -errno;
+}
+
+int64_t ws_tracker_in_flight(const ws_tracker *tracker, ws_in_flight *out, size_t room) {
+    if (tracker->range->bio_based)
+        return list_bios(tracker, out, room);
+    return list_slots(tracker, out, room);
+}
+
+int ws_tracker_forget(const ws_tracker *tracker, const ws_in_flight *write) {
+    if (tracker->range->bio_based) {
+        __u64 key = write->key;
+        return bpf_map_delete_elem(tracker->bios, &key) && errno != ENOENT ? -errno : 0;
+    }
+    uint64_t expected = write->state;
+    __atomic_compare_exchange_n(&tracker->slots[write->key].state, &expected, expected >> 32 << 32,
+                                false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    return 0;
 }
 
 uint64_t ws_tracker_load(const __u64 *counter) {
@@ -215,14 +322,18 @@ static int map_object(struct bpf_object *object, const struct dirty_range *range
     if (error)
         return error;
     *tracker->range = *range;
-    return map_words(bpf_object__find_map_fd_by_name(object, "dirty"), tracker, failure);
+    error = map_words(bpf_object__find_map_fd_by_name(object, "dirty"), tracker, failure);
+    if (error)
+        return error;
+    int fd = bpf_object__find_map_fd_by_name(object, in_flight_map(range));
+    return map_in_flight(fd, tracker, failure);
 }
 
-static int pin_map(struct bpf_object *object, const char *name, const char *pin_dir,
-                   ws_failure *failure) {
+static int pin_map(struct bpf_object *object, const char *map, const char *name,
+                   const char *pin_dir, ws_failure *failure) {
     char path[PATH_MAX];
     int error = join(path, pin_dir, name, failure);
-    if (!error && bpf_obj_pin(bpf_object__find_map_fd_by_name(object, name), path))
+    if (!error && bpf_obj_pin(bpf_object__find_map_fd_by_name(object, map), path))
         error = fail(failure, errno, "pin a map at %s", path);
     return error;
 }
@@ -242,9 +353,7 @@ static int attach_program(struct bpf_program *program, unsigned index, const cha
     return error ? fail(failure, error, "pin a link at %s", path) : 0;
 }
 
-/* In the object's order, which is the order in which the kernel calls programs of one tracepoint:
- * the last of three must stay the last. What remembers bios stands first there, lest a bio queued
- * meanwhile complete unknown. */
+/* In the object's order: what notes writes first, lest one issued meanwhile complete unknown. */
 static int attach_programs(struct bpf_object *object, bool bio_based, const char *pin_dir,
                            ws_failure *failure) {
     unsigned index = 0;
@@ -274,16 +383,18 @@ static int make_directory(const char *pin_dir, ws_failure *failure) {
     return error;
 }
 
-static int publish(struct bpf_object *object, bool bio_based, const char *pin_dir,
+static int publish(struct bpf_object *object, const struct dirty_range *range, const char *pin_dir,
                    ws_failure *failure) {
     int error = make_directory(pin_dir, failure);
     if (error)
         return error;
-    error = pin_map(object, "dirty", pin_dir, failure);
+    error = pin_map(object, "dirty", "dirty", pin_dir, failure);
     if (!error)
-        error = pin_map(object, "range", pin_dir, failure);
+        error = pin_map(object, "range", "range", pin_dir, failure);
     if (!error)
-        error = attach_programs(object, bio_based, pin_dir, failure);
+        error = pin_map(object, in_flight_map(range), "inflight", pin_dir, failure);
+    if (!error)
+        error = attach_programs(object, range->bio_based, pin_dir, failure);
     if (error) {
         ws_failure ignored; /* the first failure is the one to tell */
         ws_tracker_remove(pin_dir, &ignored);
@@ -302,7 +413,7 @@ int ws_tracker_attach(const char *file, const struct dirty_range *wanted, const 
     if (!error) {
         error = map_object(object, &range, tracker, failure);
         if (!error)
-            error = publish(object, range.bio_based, pin_dir, failure);
+            error = publish(object, &range, pin_dir, failure);
         bpf_object__close(object);
     }
     current = NULL;
@@ -372,6 +483,26 @@ static int open_words(const char *pin_dir, ws_tracker *tracker, ws_failure *fail
     return error;
 }
 
+static int open_in_flight(const char *pin_dir, ws_tracker *tracker, ws_failure *failure) {
+    int fd;
+    struct bpf_map_info info = {0};
+    __u32 bytes = sizeof(info);
+    const struct dirty_range *range = tracker->range;
+    int error = open_pin(pin_dir, "inflight", &fd, failure);
+    if (error)
+        return error;
+    if (bpf_obj_get_info_by_fd(fd, &info, &bytes))
+        error = fail(failure, errno, "ask what a pinned map is");
+    else if (info.value_size != sizeof(struct dirty_slot) ||
+             info.type != (range->bio_based ? BPF_MAP_TYPE_LRU_HASH : BPF_MAP_TYPE_ARRAY) ||
+             (!range->bio_based && info.max_entries != slot_count(range)))
+        error = fail(failure, EINVAL, "use the map of writes in flight in %s", pin_dir);
+    else
+        error = map_in_flight(fd, tracker, failure);
+    close(fd);
+    return error;
+}
+
 /* The program behind a link; negative errno. */
 static int open_program(int link) {
     struct bpf_link_info info = {0};
@@ -414,6 +545,8 @@ int ws_tracker_open(const char *pin_dir, ws_tracker *tracker, ws_failure *failur
     int error = open_range(pin_dir, tracker, &map_id, failure);
     if (!error)
         error = open_words(pin_dir, tracker, failure);
+    if (!error)
+        error = open_in_flight(pin_dir, tracker, failure);
     for (unsigned i = 0; !error && i < tracker->range->link_count; i++)
         error = check_link(pin_dir, i, map_id, failure);
     current = NULL;
@@ -445,6 +578,8 @@ int ws_tracker_remove(const char *pin_dir, ws_failure *failure) {
         error = remove_pin(pin_dir, "dirty", failure);
     if (!error)
         error = remove_pin(pin_dir, "range", failure);
+    if (!error)
+        error = remove_pin(pin_dir, "inflight", failure);
     if (!error && rmdir(pin_dir) && errno != ENOENT)
         error = fail(failure, errno, "remove the directory %s", pin_dir);
     return error;

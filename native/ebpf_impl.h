@@ -19,8 +19,17 @@ typedef struct {
 typedef struct {
     struct dirty_range *range;
     uint64_t *words;
-    size_t words_bytes; /* of the mapping: whole pages */
+    size_t words_bytes;       /* of the mapping: whole pages */
+    struct dirty_slot *slots; /* request-based */
+    int bios;                 /* bio-based: descriptor of the map */
 } ws_tracker;
+
+/* A write that was issued and has not been seen to complete. */
+typedef struct {
+    uint64_t key; /* slot or bio */
+    uint64_t sector;
+    uint64_t state; /* as in dirty_slot */
+} ws_in_flight;
 
 int ws_tracker_check(const char *object, ws_failure *failure);
 
@@ -33,8 +42,14 @@ int ws_tracker_open(const char *pin_dir, ws_tracker *tracker, ws_failure *failur
 /* Remove pins, links first, and the directory: the kernel detaches. What is missing is no error. */
 int ws_tracker_remove(const char *pin_dir, ws_failure *failure);
 
+/* Collect at most `room` of the writes in flight; returns how many there are, or -errno. */
+int64_t ws_tracker_in_flight(const ws_tracker *tracker, ws_in_flight *out, size_t room);
+
+/* Forget one, unless it has changed since it was collected. Returns 0 or -errno. */
+int ws_tracker_forget(const ws_tracker *tracker, const ws_in_flight *write);
+
 uint64_t ws_tracker_load(const __u64 *counter);
-void ws_tracker_unmap_range(struct dirty_range *range);
+void ws_tracker_unmap(ws_tracker *tracker); /* all but the words, which views may still need */
 void ws_tracker_unmap_words(uint64_t *words, size_t bytes);
 
 #endif

@@ -10,13 +10,13 @@ import subprocess
 import time
 from pathlib import Path
 
-from agent.device import DiskRange, disk_range
+from agent.device import SECTOR_BYTES, DiskRange, disk_range, system_path
 from agent.errors import FailedPrecondition, InvalidArgument
 from agent.tracker import Take, has_mark
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
-from native.ebpf import KernelTracker, TrackedRange
+from native.ebpf import InFlight, KernelTracker, TrackedRange
 
 _PROBE_BYTES = 4096
 _PROBE_SECONDS = 5.0
@@ -44,6 +44,7 @@ class EbpfTracker:
         self._kernel: KernelTracker | None = None
         self._marks: DirtyBitmap | None = None
         self._lost = 0
+        self._system = system_path(os.fstat(device.fileno()).st_rdev)
 
     def start(self) -> None:
         """Attach, pin, and prove with a read of our own that completions are seen."""
@@ -76,7 +77,11 @@ class EbpfTracker:
         kernel, marks = self._attached()
         # The counter first: what is lost after this is noticed by the next take.
         lost = kernel.counters().lost
+        self._forget_ended()
         blocks = marks.take(into)
+        # After the exchange: what is in flight now may land after it is read, so it stays dirty.
+        for write in kernel.in_flight():
+            self._mark(write)
         if lost == self._lost:
             return Take(blocks * marks.block_size_bytes)
         reason = f"{lost - self._lost} writes of unknown range on {self._device.path}"
@@ -104,6 +109,34 @@ class EbpfTracker:
         if self._kernel is not None:
             self._kernel.destroy()
             self._kernel = None
+
+    def _forget_ended(self) -> None:
+        """Drop notes of writes whose completion no program saw, where the disk is idle.
+
+        Marked once more, for the take that follows. Where the kernel keeps no count of what is in
+        flight, the notes stay, and their blocks dirty.
+        """
+        kernel, _ = self._attached()
+        noted = kernel.in_flight()
+        if noted and self._is_idle():
+            for write in noted:
+                self._mark(write)
+                kernel.forget(write)
+
+    def _is_idle(self) -> bool:
+        system = self._system
+        counted = (system / "queue/iostats", system / "../queue/iostats")
+        if not any(path.exists() and path.read_text().strip() == "1" for path in counted):
+            return False
+        return int((system / "inflight").read_text().split()[1]) == 0
+
+    def _mark(self, write: InFlight) -> None:
+        kernel, marks = self._attached()
+        watch = kernel.watch
+        first = max(write.sector, watch.start_sector) - watch.start_sector
+        end = min(write.sector + write.sector_count - watch.start_sector, watch.sector_count)
+        if first < end:
+            marks.set_range(first * SECTOR_BYTES, (end - first) * SECTOR_BYTES)
 
     def _attached(self) -> tuple[KernelTracker, DirtyBitmap]:
         if self._kernel is None or self._marks is None:
@@ -148,6 +181,8 @@ def _watch(disk: DiskRange, block_size_bytes: int) -> TrackedRange:
         sector_count=disk.sector_count,
         block_size_bytes=block_size_bytes,
         bio_based=disk.bio_based,
+        queue_count=disk.queue_count,
+        queue_depth=disk.queue_depth,
     )
 
 

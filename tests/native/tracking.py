@@ -42,6 +42,7 @@ def range_of(path: str, block_size_bytes: int = BLOCK) -> TrackedRange:
     is_part = (node / "partition").exists()
     disk = node.parent if is_part else node
     major, minor = map(int, (disk / "dev").read_text().split(":"))
+    queues = [one for one in disk.glob("mq/*") if one.is_dir()]
     return TrackedRange(
         major=major,
         minor=minor,
@@ -49,7 +50,9 @@ def range_of(path: str, block_size_bytes: int = BLOCK) -> TrackedRange:
         start_sector=int((node / "start").read_text()) if is_part else 0,
         sector_count=int((node / "size").read_text()),
         block_size_bytes=block_size_bytes,
-        bio_based=not (disk / "mq").exists(),
+        bio_based=not queues,
+        queue_count=len(queues),
+        queue_depth=max((int((one / "nr_tags").read_text()) for one in queues), default=0),
     )
 
 
@@ -66,6 +69,10 @@ class Tracked:
     def take(self) -> DirtyBitmap:
         taken = DirtyBitmap(self.size, self.block)
         self.bitmap.take(taken)
+        # What is in flight may land after the caller has read it.
+        start = self.kernel.watch.start_sector
+        for write in self.kernel.in_flight():
+            self.bitmap.set_range((write.sector - start) * 512, write.sector_count * 512)
         return taken
 
     def marked(self) -> set[int]:
