@@ -135,7 +135,7 @@ static int load_once(const char *file, struct dirty_range *range, struct bpf_obj
     struct bpf_object *object = bpf_object__open_file(file, NULL);
     if (object == NULL)
         return fail(failure, errno, "open the eBPF object %s", file);
-    error = configure(object, range);
+    int error = configure(object, range);
     if (error)
         fail(failure, error, "configure the eBPF object %s", file);
     else if ((error = -bpf_object__load(object)) != 0)
