@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := $(wildcard native/*.pyx native/*.pxd native/*.c native/*.h) $(wildcard protos/warmsync/v1/*.proto)
-C_FILES := $(filter %.c %.h,$(NATIVE))
+C_FILES := $(filter %.c %.h,$(NATIVE)) $(wildcard benchmarks/*.c)
+# cython-lint looks for pycodestyle on the path.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help build setup demo test lint format bench sanitize clean
 

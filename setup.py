@@ -45,11 +45,12 @@ def has_ebpf_toolchain() -> bool:
 
 
 def extensions() -> list[Extension]:
+    """Return the kernels that can be built here."""
     kernels = dict(KERNELS)
     if has_ebpf_toolchain():
         kernels["ebpf"] = ["ebpf_impl.c"]
     else:
-        print("warmsync: no clang or libbpf-dev: built without the ebpf tracker", file=sys.stderr)
+        sys.stderr.write("warmsync: no clang or libbpf-dev: built without the ebpf tracker\n")
     return [
         Extension(
             f"native.{name}",
@@ -91,6 +92,7 @@ class BuildPy(build_py):
     """build_py, with the generated files made first."""
 
     def run(self) -> None:
+        """Generate, then go on as usual."""
         generate_stubs()
         compile_bpf()
         super().run()
@@ -100,6 +102,7 @@ class BuildExt(build_ext):
     """build_ext, with the generated files made first and two compilers at once."""
 
     def run(self) -> None:
+        """Generate, then compile."""
         generate_stubs()
         compile_bpf()
         self.parallel = os.cpu_count()
