@@ -99,13 +99,15 @@ class BuildPy(build_py):
 
 
 class BuildExt(build_ext):
-    """build_ext, with the generated files made first and two compilers at once."""
+    """build_ext, with the generated files made first.
+
+    Never in parallel: extensions share C files, and would write the same objects at once.
+    """
 
     def run(self) -> None:
         """Generate, then compile."""
         generate_stubs()
         compile_bpf()
-        self.parallel = os.cpu_count()
         super().run()
 
 
