@@ -13,7 +13,7 @@ help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: build ## one warm migration on this host, from a live writer to a byte compare
-	@$(BIN)/python examples/demo/demo.py
+	@$(BIN)/python -m examples.demo.demo
 
 test: setup ## the whole suite
 	$(BIN)/python -m pytest
