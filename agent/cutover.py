@@ -90,7 +90,7 @@ class Cutover:
                 return
             except Unavailable as error:
                 if time.monotonic() > deadline:
-                    raise _unknown_owner(self._peer.address) from error
+                    raise unknown_owner(self._peer.address) from error
                 _log.warning('release not answered yet, asking again reason="%s"', error)
             except WarmsyncError:
                 self.releasing = False  # the target answered: it has not been released
@@ -104,7 +104,8 @@ class Cutover:
         self._lap = now
 
 
-def _unknown_owner(address: str) -> FailedPrecondition:
+def unknown_owner(address: str) -> FailedPrecondition:
+    """Return the error of a handover whose answer never came: nobody here knows who owns."""
     return FailedPrecondition(
         "OWNER_UNKNOWN",
         f"the target at {address} did not answer the release, so it may own the disks; the source "

@@ -116,7 +116,10 @@ class SourceDisk:
     def fence(self) -> None:
         """Make the source read-only: the old VM cannot write again. Safe to call twice."""
         if not self._fenced:
-            self.device.set_read_only(True)
+            try:
+                self.device.set_read_only(True)
+            except OSError as error:
+                raise _fence_failed(self.volume.source, error) from error
             self._fenced = True
 
     def unfence(self) -> None:
@@ -127,8 +130,10 @@ class SourceDisk:
 
     def close(self) -> None:
         """Stop tracking and close the device; a fence stays up. Safe to call twice."""
-        self.tracker.stop()
-        self.device.close()
+        try:
+            self.tracker.stop()
+        finally:
+            self.device.close()
 
 
 def not_quiesced(path: str, detail: str) -> FailedPrecondition:
@@ -137,5 +142,14 @@ def not_quiesced(path: str, detail: str) -> FailedPrecondition:
         "NOT_QUIESCED",
         f"the source {path} is still in use: {detail}; power the VM down, then cut over again "
         "(syncing goes on)",
+        path=path,
+    )
+
+
+def _fence_failed(path: str, error: OSError) -> FailedPrecondition:
+    return FailedPrecondition(
+        "FENCE_FAILED",
+        f"the source {path} cannot be made read-only: {error.strerror}; "
+        "run the agent as root, or as the owner of the file",
         path=path,
     )

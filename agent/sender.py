@@ -92,7 +92,7 @@ class Sender:
 
     async def wait_until_running(self) -> None:
         """Wait while paused."""
-        if not self._running.is_set():
+        while not self._running.is_set():  # again: it may be paused before we get to run
             paused = time.monotonic()
             await self._running.wait()
             self._paused_seconds += time.monotonic() - paused
@@ -135,7 +135,13 @@ class Sender:
         """Run blocking work on all disks at once; the first error is raised when all are done."""
         loop = asyncio.get_running_loop()
         jobs = [loop.run_in_executor(self._workshop.threads, work, disk) for disk in self.disks]
-        results = await asyncio.gather(*jobs, return_exceptions=True)
+        done = asyncio.gather(*jobs, return_exceptions=True)
+        try:
+            results = await asyncio.shield(done)
+        except asyncio.CancelledError:
+            # Threads cannot be stopped: a fence that still goes up must not outrun its unfence.
+            await done
+            raise
         for result in results:
             if isinstance(result, BaseException):
                 raise result

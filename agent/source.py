@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from agent.cutover import Cutover
+from agent.cutover import Cutover, unknown_owner
 from agent.disk import SourceDisk
 from agent.errors import Cancelled, FailedPrecondition, WarmsyncError
 from agent.migration import (
@@ -136,7 +136,7 @@ class SourceMigration:
 
     async def cancel(self) -> None:
         """Stop; the source stays as it is, the target is released and marked incomplete."""
-        if self._cutover is not None and self._cutover.releasing:
+        if self._is_releasing and not self.state.is_terminal:
             raise FailedPrecondition(
                 "TOO_LATE",
                 f"migration {self.id} is being handed over; roll it back afterwards",
@@ -270,14 +270,24 @@ class SourceMigration:
             self._move(Event.REFUSE)
             self._cutover.done.set_exception(error)
             return
-        await self._sender.on_disks(lambda disk: disk.tracker.stop())
-        await self._sender.close()
+        # At once: the target owns the disks, and nothing that fails here can change that.
         self._move(Event.RELEASE)
+        async with self._commands:
+            await self._stop_sending()
         self._cutover.done.set_result(None)
+
+    async def _stop_sending(self) -> None:
+        try:
+            await self._sender.on_disks(lambda disk: disk.tracker.stop())
+            await self._sender.close()
+        except (WarmsyncError, OSError) as error:
+            _log.warning('tracking not ended cleanly id=%s reason="%s"', self.id, error)
 
     async def _fail(self, error: WarmsyncError) -> None:
         if self.state.is_terminal:
             return
+        if self._is_releasing:
+            error = unknown_owner(self._prepared.peer.address)
         self._error = error
         _log.error('migration failed id=%s reason=%s message="%s"', self.id, error.reason, error)
         self._move(Event.FAIL)
@@ -287,19 +297,25 @@ class SourceMigration:
 
     async def _give_up(self, reason: str, *, cancelled: bool) -> None:
         """Release the target and leave the source as it was found; each even if another fails."""
-        prepared = self._prepared
-        if not (self._cutover is not None and self._cutover.releasing):
+        if not self._is_releasing:
             try:
                 await self._sender.on_disks(SourceDisk.unfence)
-                async with asyncio.timeout(_ABORT_SECONDS):
-                    await prepared.peer.abort(prepared.token, reason, cancelled=cancelled)
-            except (WarmsyncError, OSError, TimeoutError) as error:
-                _log.warning('target not told of the end id=%s reason="%s"', self.id, error)
+            except OSError as error:
+                _log.error('source still fenced id=%s reason="%s"', self.id, error)
+            await self._abort(reason, cancelled=cancelled)
         if self._wants_cutover and self._cutover is not None and cancelled:
             self._cutover.done.set_exception(
                 Cancelled("CANCELLED", f"migration {self.id} was cancelled", id=self.id)
             )
         await self._close()
+
+    async def _abort(self, reason: str, *, cancelled: bool) -> None:
+        prepared = self._prepared
+        try:
+            async with asyncio.timeout(_ABORT_SECONDS):
+                await prepared.peer.abort(prepared.token, reason, cancelled=cancelled)
+        except (WarmsyncError, TimeoutError) as error:
+            _log.warning('target not told of the end id=%s reason="%s"', self.id, error)
 
     async def _close(self) -> None:
         await self._sender.close()
@@ -308,9 +324,16 @@ class SourceMigration:
         self.bell.ring()
 
     async def _stop_task(self) -> None:
+        for disk in self._sender.disks:
+            disk.tracker.interrupt()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+
+    @property
+    def _is_releasing(self) -> bool:
+        """From the first request of the release until it is refused: the target may own."""
+        return self._cutover is not None and self._cutover.releasing
 
     @property
     def _wants_cutover(self) -> bool:

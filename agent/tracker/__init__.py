@@ -58,5 +58,8 @@ class Tracker(Protocol):
     def is_marked(self, offset_bytes: int, length_bytes: int) -> bool:
         """Return whether a byte of the range (within one chunk) is marked now."""
 
+    def interrupt(self) -> None:
+        """Let a pass that is running, and those to come, end early with an OSError. For stop."""
+
     def stop(self) -> None:
         """End tracking and leave nothing in the kernel. Safe to call twice."""

@@ -103,6 +103,9 @@ class EbpfTracker:
             return True
         return has_mark(marks, offset_bytes, length_bytes)
 
+    def interrupt(self) -> None:
+        """Nothing takes long."""
+
     def stop(self) -> None:
         """See `agent.tracker.Tracker`."""
         self._marks = None

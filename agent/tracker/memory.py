@@ -35,5 +35,8 @@ class MemoryTracker:
         """See `agent.tracker.Tracker`."""
         return has_mark(self._marks, offset_bytes, length_bytes)
 
+    def interrupt(self) -> None:
+        """Nothing takes long."""
+
     def stop(self) -> None:
         """Nothing to do."""

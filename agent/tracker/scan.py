@@ -6,6 +6,7 @@ Works on any device or file, at the price of a pass over it for each take. Owns 
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ class ScanTracker:
     def __init__(self, device: BlockDevice) -> None:
         self._device = device
         self._size_bytes = device.size_bytes()
+        self._interrupted = False
         chunks = -(-self._size_bytes // CHUNK_BYTES)
         # Private, so that a page that is only read stays the shared zero page.
         self._table = mmap.mmap(
@@ -64,6 +66,10 @@ class ScanTracker:
         with self._pool() as pool:
             return self._compare(pool, first, last - first, marks) > 0
 
+    def interrupt(self) -> None:
+        """See `agent.tracker.Tracker`: a pass over a large disk may take minutes."""
+        self._interrupted = True
+
     def stop(self) -> None:
         """Drop the table's memory."""
         if not self._table.closed:
@@ -89,6 +95,8 @@ class ScanTracker:
         return [(0, self._size_bytes)] if data is None else list(data)
 
     def _compare(self, pool: BufferPool, offset: int, length: int, into: DirtyBitmap) -> int:
+        if self._interrupted:
+            raise OSError(errno.ECANCELED, "the scan was interrupted", self._device.path)
         with pool.lease() as scratch:
             return compare(self._device, offset, length, scratch, self._table, into)
 
