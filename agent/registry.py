@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from agent.bell import Bell
 from agent.config import AgentConfig
-from agent.device import boot_id
+from agent.device import boot_id, identities
 from agent.disk import OpenSource, SourceDisk, open_source
 from agent.errors import (
     AlreadyExists,
@@ -116,9 +116,16 @@ class Registry:
                 return session
         raise NotFound("SESSION_NOT_FOUND", "this agent has no such session; start a new migration")
 
+    def cap_limit(self, limit_bytes_per_second: int) -> int:
+        """Return a migration's bandwidth limit (0: none) within the configuration's."""
+        most = self.config.limits.bandwidth_bytes_per_second
+        return min(limit_bytes_per_second or most, most) if most else limit_bytes_per_second
+
     async def create(self, plan: Plan) -> SourceMigration:
         """Check everything on both hosts and start. Whatever fails leaves nothing behind."""
         check_plan(plan)
+        limit = self.cap_limit(plan.limit_bytes_per_second)
+        plan = replace(plan, limit_bytes_per_second=limit)
         self._reserve(Role.SOURCE, plan.id, self._sources)
         prepared: Prepared | None = None
         try:
@@ -148,10 +155,11 @@ class Registry:
                 open_targets, request, self.config.allow_devices, boot_id()
             )
             try:
+                found = [one for device in devices for one in identities(device.path)]
+                self._check_running()
+                self._take(Role.TARGET, request.migration_id, found)
                 session = TargetSession(request, devices, self._threads, self._pool)
-                self._take(Role.TARGET, session.id, session.identities)
             except BaseException:
-                session = None
                 for device in devices:
                     device.close()
                 raise
@@ -216,6 +224,7 @@ class Registry:
                 pin_dir = self._pins / f"{plan.id}-{i}"
                 disks.append(SourceDisk(source, scheme, plan.block_size_bytes, pin_dir))
                 await asyncio.to_thread(disks[-1].start)
+            self._check_running()
         except BaseException as error:
             await self._undo(sources, disks, peer, token, error)
             raise
@@ -252,9 +261,13 @@ class Registry:
                     await peer.abort(token, str(error), cancelled=False)
             await peer.close()
 
-    def _reserve(self, role: Role, name: str, existing: Container[str]) -> None:
+    def _check_running(self) -> None:
+        """Raise Unavailable once the agent stops: what begins now would be ended by nobody."""
         if self._closed.is_set():
             raise _stopping()
+
+    def _reserve(self, role: Role, name: str, existing: Container[str]) -> None:
+        self._check_running()
         self._tidy()
         if name in existing or (role, name) in self._taken:
             raise AlreadyExists(

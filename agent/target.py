@@ -44,7 +44,6 @@ class TargetSession:
     ) -> None:
         self.token = secrets.token_urlsafe(24)
         self.bell = Bell()
-        self.identities = [one for device in devices for one in identities(device.path)]
         self._plan = Plan(request.migration_id, "", request.volumes)
         self._devices = devices
         self._threads = threads

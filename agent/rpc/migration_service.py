@@ -51,6 +51,12 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
         self, request: pb.ListMigrationsRequest, context: Any
     ) -> pb.ListMigrationsResponse:
         """Return a page, sorted by id."""
+        if request.page_size < 0:
+            raise InvalidArgument(
+                "INVALID_PAGE_SIZE",
+                f"page size {request.page_size} is below zero; use 0 for the default",
+                page_size=request.page_size,
+            )
         ends = self._registry.all()
         first = _parse_token(request.page_token)
         last = first + min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
@@ -65,7 +71,9 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
         """Change the limit or the budget while running."""
         wanted = request.migration
         migration = self._source(wanted.name)
-        paths = list(request.update_mask.paths)
+        # Without a mask, what is set is meant (AIP-134).
+        given = [field.name for field, _ in wanted.ListFields() if field.name in _MUTABLE]
+        paths = list(request.update_mask.paths) or given
         for path in paths:
             if path not in _MUTABLE:
                 raise InvalidArgument(
@@ -74,6 +82,8 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
                     field=path,
                 )
         limit, budget = (getattr(wanted, name) if name in paths else None for name in _MUTABLE)
+        if limit is not None:
+            limit = self._registry.cap_limit(limit)
         migration.update(limit, budget)
         return to_message(migration.snapshot())
 
