@@ -206,9 +206,8 @@ def test_an_answer_for_another_generation_is_refused() -> None:
     def add(server: Any) -> None:
         peer_service_pb2_grpc.add_PeerServiceServicer_to_server(Servicer(), server)
 
-    async def main() -> None:
-        server = await start_server("127.0.0.1:0", [Service("warmsync.v1.PeerService", add)])
-        async with open_channel(str(server.address)) as channel:
+    async def talk(address: str) -> None:
+        async with open_channel(address) as channel:
             carrier = GrpcCarrier(channel, "token", from_rpc_error)
             await carrier.open()
             with pytest.raises(Unavailable, match="acknowledged generation 2, not 1") as caught:
@@ -219,7 +218,13 @@ def test_an_answer_for_another_generation_is_refused() -> None:
                 await carrier.flush(2)
             assert lost.value.reason == "PEER_LOST"
             await carrier.close()
-        await server.stop(0)
+
+    async def main() -> None:
+        server = await start_server("127.0.0.1:0", [Service("warmsync.v1.PeerService", add)])
+        try:
+            await talk(str(server.address))
+        finally:
+            await server.stop(0)
 
     run(main)
 
