@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# setuptools warns of every editable install; what fails is still said.
+INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install -q --no-build-isolation
 NATIVE := $(wildcard native/*.pyx native/*.pxd native/*.c native/*.h) $(wildcard protos/warmsync/v1/*.proto)
 C_FILES := $(filter %.c %.h,$(NATIVE)) $(wildcard benchmarks/*.c)
 # cython-lint looks for pycodestyle on the path.
@@ -50,12 +52,12 @@ build/.tools: $(BIN)/python pyproject.toml
 
 build/.installed: build/.tools setup.py $(NATIVE)
 	@echo "building warmsync"
-	@$(BIN)/pip install -q --no-build-isolation -e .
+	@$(INSTALL) -e .
 	@touch $@
 
 build/.installed-dev: build/.installed packaging/apt-test.txt
 	@packaging/install-apt packaging/apt-test.txt
-	@$(BIN)/pip install -q --no-build-isolation -e '.[test,dev]'
+	@$(INSTALL) -e '.[test,dev]'
 	@touch $@
 
 clean: ## remove what was built

@@ -18,10 +18,11 @@ from typing import Any, NoReturn
 from agent.units import format_bytes, format_seconds, parse_size
 from examples.demo.agents import Agent, ebpf_obstacle, start_agent
 from examples.demo.disks import DemoFailed, Disk, differ, fill, loop_obstacle, open_disk, scratch
-from examples.demo.guest import Guest, boot
+from examples.demo.guest import Guest, boot, check_fio
 
 # A scan reads the whole disk for each take, and two takes are part of the cutover.
 MAX_DOWNTIME = {"ebpf": "500ms", "scan": "10s"}
+TIMEOUT = "5m"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def play(stack: ExitStack, size_bytes: int, *, images: bool) -> int:
     """Set the stage, move the disk while the guest writes, compare. Returns the exit code."""
+    check_fio()
     directory = stack.enter_context(scratch(2 * size_bytes))
     obstacle = "as was asked for" if images else find_obstacle(directory)
     tracker = "scan" if obstacle else "ebpf"
@@ -66,12 +68,14 @@ def play(stack: ExitStack, size_bytes: int, *, images: bool) -> int:
 def move(here: Agent, there: Agent, guest: Guest, tracker: str, volume: str) -> None:
     """Migrate from one agent to the other; the guest writes until that has converged."""
     what = ["--id", "demo", "--peer", there.address, "--volume", volume, "--tracker", tracker]
-    until = ["--wait", "converged", "--timeout", "5m", "--max-downtime", MAX_DOWNTIME[tracker]]
+    until = ["--wait", "converged", "--timeout", TIMEOUT, "--max-downtime", MAX_DOWNTIME[tracker]]
     here.ask("migrate", *what, *until)
     guest.check_writing()
     print("\nConverged, and the guest is still writing. It is powered down now.\n")
     guest.power_down()
-    report(here.ask("cutover", "demo"))
+    # Forced: the guest is off, so to wait for another CONVERGED, if the last one has just lapsed,
+    # would only lengthen the downtime.
+    report(here.ask("cutover", "demo", "--force"))
 
 
 def compare(source: Disk, target: Disk, guest: Guest) -> int:

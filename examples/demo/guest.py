@@ -131,11 +131,15 @@ class Guest:
         return len(written)
 
 
+def check_fio() -> None:
+    """Raise DemoFailed if there is no fio."""
+    if shutil.which("fio") is None:
+        raise DemoFailed("the guest, fio, is not installed (apt-get install fio)")
+
+
 @contextmanager
 def boot(disk: Disk, directory: Path) -> Iterator[Guest]:
     """Start the guest; it is dead afterwards, whatever happens."""
-    if shutil.which("fio") is None:
-        raise DemoFailed("fio is not installed (apt-get install fio)")
     guest = Guest(disk, directory)
     try:
         yield guest
