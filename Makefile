@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# setuptools warns of every editable install; what fails is still said.
-INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install -q --no-build-isolation
+# -qq and no warnings: an index that lacks something, an editable install. Errors are still said.
+INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install -qq --no-build-isolation
 NATIVE := $(wildcard native/*.pyx native/*.pxd native/*.c native/*.h) $(wildcard protos/warmsync/v1/*.proto)
 C_FILES := $(filter %.c %.h,$(NATIVE)) $(wildcard benchmarks/*.c)
 # cython-lint looks for pycodestyle on the path.
@@ -43,11 +43,11 @@ setup: build/.installed-dev
 $(BIN)/python:
 	@packaging/install-apt packaging/apt-build.txt
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --upgrade pip
+	@$(BIN)/pip install -qq --upgrade pip
 
 build/.tools: $(BIN)/python pyproject.toml
 	@packaging/install-apt packaging/apt-build.txt
-	@$(BIN)/pip install -q "setuptools>=77" "cython>=3.1" "grpcio-tools>=1.76" "googleapis-common-protos>=1.66"
+	@$(BIN)/pip install -qq "setuptools>=77" "cython>=3.1" "grpcio-tools>=1.76" "googleapis-common-protos>=1.66"
 	@mkdir -p build && touch $@
 
 build/.installed: build/.tools setup.py $(NATIVE)
