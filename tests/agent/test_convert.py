@@ -1,0 +1,131 @@
+"""The domain's values and their messages say the same."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+from warmsync.v1 import migration_pb2 as pb
+from warmsync.v1 import migration_service_pb2 as service
+
+from agent.errors import FailedPrecondition, InvalidArgument
+from agent.migration import (
+    Comparison,
+    DowntimeParts,
+    Event,
+    Migration,
+    Mismatch,
+    Plan,
+    Progress,
+    Role,
+    Scheme,
+    Volume,
+)
+from agent.rpc.convert import id_of, to_comparison, to_message, to_plan
+from agent.rpc.errors import from_status
+from agent.state import State
+
+VOLUMES = (Volume("/dev/a", "/dev/b", 1 << 30, 4096), Volume("/dev/c", "/dev/d", 1 << 20, 65536))
+PLAN = Plan("web1", "peer:7070", VOLUMES, Scheme.EBPF, 8192, 0.25, 1 << 20)
+NUMBERS = Progress(1, 2, 3, 4, 5, 6, 7.5, 8.5, 0.5, None, DowntimeParts(), True, "wait", 9)
+SEEN = Migration(
+    plan=PLAN,
+    role=Role.SOURCE,
+    state=State.SYNCING,
+    scheme=Scheme.EBPF,
+    scheme_reason="block devices",
+    progress=NUMBERS,
+    history=(Event(State.PENDING, 1_700_000_000.25), Event(State.SYNCING, 1_700_000_001.5)),
+    carrier="grpc",
+)
+
+
+def test_a_plan_there_and_back() -> None:
+    """What a migration says of its plan, asked for again, is the same plan."""
+    asked = service.CreateMigrationRequest(migration_id="web1", migration=to_message(SEEN))
+    bare = tuple(Volume(volume.source, volume.target) for volume in VOLUMES)
+    assert to_plan(asked, "chosen") == replace(PLAN, volumes=bare)
+
+
+def test_what_is_absent_is_the_default() -> None:
+    plan = to_plan(service.CreateMigrationRequest(), "chosen")
+    assert plan == Plan("chosen", "", ())
+    zero = service.CreateMigrationRequest(migration=pb.Migration(max_downtime_seconds=0.0))
+    assert to_plan(zero, "chosen").max_downtime_seconds == 0.0
+
+
+@pytest.mark.parametrize("scheme", list(Scheme))
+def test_trackers(scheme: Scheme) -> None:
+    message = to_message(replace(SEEN, scheme=scheme))
+    assert pb.Tracker.Name(message.tracker) == f"TRACKER_{scheme.upper()}"
+    asked = service.CreateMigrationRequest(migration=message)
+    assert to_plan(asked, "x").scheme is scheme
+
+
+def test_a_tracker_of_the_future_is_refused() -> None:
+    asked = service.CreateMigrationRequest(migration=pb.Migration(tracker=99))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument) as caught:
+        to_plan(asked, "x")
+    assert caught.value.reason == "INVALID_TRACKER"
+
+
+@pytest.mark.parametrize("state", list(State))
+def test_states(state: State) -> None:
+    assert pb.State.Name(to_message(replace(SEEN, state=state)).state) == f"STATE_{state}"
+
+
+def test_every_number_arrives() -> None:
+    progress = to_message(SEEN).progress
+    for field in fields(Progress):
+        if field.name not in ("downtime_seconds", "downtime_parts"):
+            assert getattr(progress, field.name) == getattr(NUMBERS, field.name), field.name
+    assert not progress.HasField("downtime_seconds")
+    assert not progress.HasField("downtime_parts")
+
+
+def test_the_parts_of_the_downtime() -> None:
+    parts = DowntimeParts(*(float(n) for n in range(1, len(fields(DowntimeParts)) + 1)))
+    seen = replace(SEEN, progress=replace(NUMBERS, downtime_seconds=28.0, downtime_parts=parts))
+    message = to_message(seen).progress
+    assert message.downtime_seconds == 28.0
+    for field in fields(DowntimeParts):
+        assert getattr(message.downtime_parts, f"{field.name}_seconds") == getattr(
+            parts, field.name
+        )
+
+
+def test_what_was_not_measured_is_absent() -> None:
+    message = to_message(replace(SEEN, progress=Progress(), scheme=None, carrier=""))
+    assert not message.progress.HasField("predicted_downtime_seconds")
+    assert message.tracker == pb.TRACKER_UNSPECIFIED
+    assert message.carrier == pb.CARRIER_UNSPECIFIED
+    assert not message.HasField("error")
+    assert not message.HasField("last_refusal")
+
+
+def test_names_times_and_errors() -> None:
+    error = FailedPrecondition("NOT_QUIESCED", "still written to", path="/dev/a")
+    message = to_message(replace(SEEN, error=error, refusal=error, incomplete=True))
+    assert message.name == "migrations/web1"
+    assert id_of(message.name) == "web1"
+    assert message.create_time.ToMilliseconds() in (1_700_000_000_249, 1_700_000_000_250)
+    assert message.update_time == message.history[-1].time
+    assert message.incomplete
+    for status in (message.error, message.last_refusal):
+        back = from_status(status)
+        assert (type(back), back.reason, back.values) == (type(error), error.reason, error.values)
+
+
+@pytest.mark.parametrize("name", ["web1", "migration/web1", "/migrations/web1", ""])
+def test_names_that_are_none(name: str) -> None:
+    with pytest.raises(InvalidArgument):
+        id_of(name)
+
+
+def test_comparisons() -> None:
+    found = Comparison(1, 2, 3, 4, (Mismatch("/dev/a", 5, 6),), done=True)
+    message = to_comparison(found)
+    assert [getattr(message, name) for name in ("compared_bytes", "total_bytes")] == [1, 2]
+    assert (message.pending_bytes, message.mismatched_bytes, message.done) == (3, 4, True)
+    (mismatch,) = message.mismatches
+    assert (mismatch.source, mismatch.offset_bytes, mismatch.length_bytes) == ("/dev/a", 5, 6)

@@ -1,0 +1,296 @@
+"""The target's end: what may be written when, and who owns the devices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.config import AgentConfig
+from agent.device import identities
+from agent.errors import DataLoss, FailedPrecondition, InvalidArgument, Unavailable, WarmsyncError
+from agent.registry import Registry
+from agent.state import State
+from agent.target import TargetSession, open_targets
+from native.blockio import BlockDevice
+from native.chunk import digests
+from tests.agent.carriers.rig import SIZE, frame_of, image, request, until
+from tests.agent.rpc_helpers import run
+from tests.agent.virtual import run_virtual
+from tests.content import read_all
+
+STEP = 65536
+Steps = Callable[[Registry, TargetSession], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return image(tmp_path, "source.img", seed=1)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return image(tmp_path, "target.img", seed=2)
+
+
+def registry_of(directory: Path, *allowed: Path) -> Registry:
+    config = AgentConfig(
+        state_dir=str(directory),
+        bpffs_dir=str(directory / "bpf"),
+        allow_devices=tuple(map(str, allowed)),
+    )
+
+    def nobody(address: str) -> Any:
+        raise AssertionError("a target calls nobody")
+
+    return Registry(config, nobody)
+
+
+def trial(target: Path, steps: Steps) -> None:
+    async def main() -> None:
+        registry = registry_of(target.parent, target)
+        try:
+            session = await registry.open_session(request([target]))
+            await steps(registry, session)
+        finally:
+            await registry.close()
+
+    run(main)
+
+
+def refused(call: Callable[[], Any]) -> str:
+    with pytest.raises(WarmsyncError) as caught:
+        call()
+    return caught.value.reason
+
+
+def is_claimed(path: Path) -> bool:
+    """Return whether somebody holds a claim on the device."""
+    try:
+        BlockDevice(str(path), writable=True, exclusive=True).close()
+    except OSError:
+        return True
+    return False
+
+
+def assert_state(session: TargetSession, state: State) -> None:
+    assert session.state is state
+
+
+async def receive(session: TargetSession, source: Path, generation: int = 1) -> None:
+    frame = frame_of(source, 0, STEP, generation=generation)
+    assert await session.write(memoryview(frame)) == 1
+    await session.flush(generation)
+
+
+def test_a_session_from_claim_to_release(source: Path, target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        assert_state(session, State.PENDING)
+        assert is_claimed(target)
+        session.begin_stream()
+        await receive(session, source)
+        assert session.snapshot().incomplete
+        session.release(1)
+        assert (session.state, session.snapshot().incomplete) == (State.CUT_OVER, False)
+        assert not is_claimed(target)
+        session.release(1)  # the answer may have been lost
+        session.end_stream(None)
+        assert_state(session, State.CUT_OVER)
+        session.finish()
+        session.finish()
+        assert_state(session, State.COMPLETED)
+
+    trial(target, steps)
+
+
+def test_release_is_for_the_last_durable_generation(source: Path, target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        assert refused(lambda: session.release(0)) == "NOT_RELEASABLE"
+        session.begin_stream()
+        assert refused(lambda: session.release(0)) == "NOT_RELEASABLE"
+        await receive(session, source)
+        for generation in (0, 2):
+            assert refused(partial(session.release, generation)) == "NOT_RELEASABLE"
+        assert_state(session, State.SYNCING)
+        assert is_claimed(target)
+
+    trial(target, steps)
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_abort_releases_and_says_incomplete(target: Path, cancelled: bool) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        session.begin_stream()
+        for _ in range(2):  # may be repeated
+            session.abort("no reason", cancelled=cancelled)
+        assert session.state is (State.CANCELLED if cancelled else State.FAILED)
+        assert session.snapshot().incomplete
+        assert not is_claimed(target)
+        assert refused(lambda: session.release(0)) == "NOT_RELEASABLE"
+        session.end_stream(None)
+
+    trial(target, steps)
+
+
+def test_abort_after_the_release_is_refused(source: Path, target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        session.begin_stream()
+        await receive(session, source)
+        session.release(1)
+        for cancelled in (True, False):
+            reason = refused(partial(session.abort, "late", cancelled=cancelled))
+            assert reason == "ALREADY_RELEASED"
+        assert_state(session, State.CUT_OVER)
+
+    trial(target, steps)
+
+
+def test_nothing_is_written_after_the_release(source: Path, target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        session.begin_stream()
+        await receive(session, source)
+        session.release(1)
+        before = read_all(target)
+        with pytest.raises((WarmsyncError, ValueError)):
+            await receive(session, source, generation=2)
+        assert read_all(target) == before
+
+    trial(target, steps)
+
+
+def test_reclaim(source: Path, target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        allowed = (str(target),)
+        assert refused(lambda: session.check_reclaimable(allowed)) == "NOT_RECLAIMABLE"
+        session.begin_stream()
+        await receive(session, source)
+        session.release(1)
+        with BlockDevice(str(target), writable=True, exclusive=True):  # a VM runs on it
+            assert refused(lambda: session.check_reclaimable(allowed)) == "DEVICE_IN_USE"
+        assert_state(session, State.CUT_OVER)
+        session.check_reclaimable(allowed)
+        session.reclaim()
+        session.check_reclaimable(allowed)
+        session.reclaim()
+        assert_state(session, State.ROLLED_BACK)
+        assert refused(session.finish) == "ILLEGAL_TRANSITION"
+        assert session.snapshot().incomplete
+
+    trial(target, steps)
+
+
+def test_generations_follow_each_other(source: Path, target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        session.begin_stream()
+        with pytest.raises(DataLoss, match="cannot follow 0"):
+            await session.flush(2)
+        await receive(session, source)
+        with pytest.raises(DataLoss, match="nothing of it written"):
+            await session.write(memoryview(frame_of(source, 0, STEP, generation=1)))
+        await receive(session, source, generation=2)
+
+    trial(target, steps)
+
+
+def test_one_stream(target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        session.begin_stream()
+        assert refused(session.begin_stream) == "SESSION_NOT_OPEN"
+
+    trial(target, steps)
+
+
+def test_a_source_that_never_begins(target: Path) -> None:
+    """The claim on the devices does not outlive a source that died after opening."""
+
+    async def main(loop: asyncio.AbstractEventLoop) -> None:
+        device = BlockDevice(str(target), writable=True, exclusive=True)
+        session = TargetSession(request([target]), [device], None, None)  # type: ignore[arg-type]
+        await asyncio.sleep(59)
+        assert_state(session, State.PENDING)
+        await until(session.bell, lambda: session.state is State.FAILED)
+        error = session.snapshot().error
+        assert isinstance(error, Unavailable)
+        assert error.reason == "SOURCE_LOST"
+        assert not is_claimed(target)
+
+    run_virtual(main)
+
+
+def test_a_stream_that_has_begun_has_no_deadline(target: Path) -> None:
+    async def main(loop: asyncio.AbstractEventLoop) -> None:
+        device = BlockDevice(str(target), writable=True, exclusive=True)
+        session = TargetSession(request([target]), [device], None, None)  # type: ignore[arg-type]
+        session.begin_stream()
+        await asyncio.sleep(86400)
+        assert_state(session, State.SEEDING)
+        session.abort("enough", cancelled=True)
+
+    run_virtual(main)
+
+
+def test_digests(source: Path, target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        with pytest.raises(FailedPrecondition, match="nothing to compare"):
+            _ = [item async for item in session.digests(0)]
+        session.begin_stream()
+        await receive(session, source)
+        with pytest.raises(InvalidArgument):
+            _ = [item async for item in session.digests(1)]
+        found = [item async for item in session.digests(0)]
+        assert found == [(0, digests(read_all(target)))]
+
+    trial(target, steps)
+
+
+def test_the_agent_stops(source: Path, target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        session.begin_stream()
+        session.close(Unavailable("AGENT_STOPPED", "bye"))
+        assert_state(session, State.FAILED)
+        assert not is_claimed(target)
+
+    trial(target, steps)
+
+
+@pytest.mark.parametrize("boot", ["this host", "another"])
+def test_a_target_that_is_its_own_source(target: Path, boot: str, tmp_path: Path) -> None:
+    """Also under another name; device numbers of another host mean nothing."""
+    alias = tmp_path / "alias.img"
+    alias.hardlink_to(target)
+    asked = request([target], boot_id=boot, source_identities=(identities(str(alias)),))
+    if boot == "another":
+        for opened in open_targets(asked, (str(target),), "this host"):
+            opened.close()
+        return
+    with pytest.raises(InvalidArgument) as caught:
+        open_targets(asked, (str(target),), "this host")
+    assert caught.value.reason == "SAME_DEVICE"
+
+
+def test_all_targets_or_none(target: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.img"
+    small.write_bytes(bytes(SIZE - 1))
+    asked = request([target, small])
+    with pytest.raises(FailedPrecondition) as caught:
+        open_targets(asked, (str(target), str(small)), "x")
+    assert caught.value.reason == "TARGET_TOO_SMALL"
+    assert caught.value.values["needed_bytes"] == str(SIZE)
+    assert not is_claimed(target)
+    larger = tmp_path / "larger.img"
+    larger.write_bytes(bytes(SIZE + 4096))
+    for opened in open_targets(request([larger]), (str(larger),), "x"):
+        opened.close()
+
+
+def test_one_target_twice_under_two_names(target: Path) -> None:
+    other = target.with_name("other.img")
+    other.hardlink_to(target)
+    with pytest.raises(FailedPrecondition) as caught:
+        open_targets(request([target, other]), (str(target), str(other)), "x")
+    assert caught.value.reason == "DEVICE_IN_USE"
+    assert not is_claimed(target)
