@@ -323,18 +323,36 @@ static __always_inline int issue_request(struct request *rq) {
     return 0;
 }
 
+/* True if this very request was noted (and so marked) when it was issued. */
+static __always_inline _Bool is_noted(struct request *rq, struct dirty_slot *slot) {
+    return slot && rq->__sector - slot->sector < (__u32)slot->state;
+}
+
+/* The data has landed: only then may the note go (release; on x86 stores keep their order). */
+static __always_inline void drop_note(struct dirty_slot *slot) {
+    __u64 none = slot->state >> 32 << 32; /* no sectors */
+#ifdef __TARGET_ARCH_x86
+    barrier();
+    slot->state = none;
+#else
+    __sync_lock_test_and_set(&slot->state, none);
+#endif
+}
+
 /* A request may complete in parts; the kernel calls before it moves __sector. A flush's second
- * completion has no bytes left. */
+ * completion has no bytes left. What was noted at issue is marked already, and by every take since;
+ * what was not (the issue's program was skipped) marks here. */
 static __always_inline int complete_request(struct request *rq, __u32 nr_bytes) {
     if (!is_ours(rq->q->disk))
         return 0;
     note_seen();
     if (!is_write(rq) || nr_bytes == 0)
         return 0;
-    mark_request(rq, nr_bytes);
     struct dirty_slot *slot = slot_of(rq);
-    if (slot && nr_bytes >= rq->__data_len)
-        slot->state = slot->state >> 32 << 32; /* no sectors: nothing in flight */
+    if (!is_noted(rq, slot))
+        mark_request(rq, nr_bytes);
+    else if (nr_bytes >= rq->__data_len)
+        drop_note(slot);
     return 0;
 }
 

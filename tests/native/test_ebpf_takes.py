@@ -120,6 +120,17 @@ def test_a_copy_that_follows_the_marks_ends_equal(path: str, track: Track, workl
     assert tracked.kernel.counters().lost == 0
 
 
+def test_a_write_whose_issue_is_missed_marks_on_completion(
+    loop_device: Callable[[int], LoopDevice], track: Track
+) -> None:
+    path = loop_device(SIZE).path
+    tracked = track(path)
+    (Path(str(tracked.kernel.pin_dir)) / "link_0").unlink()
+    write_direct(path, 7 * BLOCK, 2 * BLOCK)
+    assert tracked.kernel.in_flight() == []
+    assert blocks_of(tracked.take()) == {7, 8}
+
+
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_writes_whose_completion_is_missed_stay_marked(
     loop_device: Callable[[int], LoopDevice], track: Track, workload: str
