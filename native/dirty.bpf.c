@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* Marks in a bitmap what was written to one range of one disk.
  *
- * A write marks when it is issued and again when it completes, and is noted as in flight between
- * the two. The mark at issue alone could be taken, and the old data read, before the write lands;
- * so who takes marks afresh what is in flight at that moment. That makes each write marked once it
- * has landed even if no program runs on its completion, which the kernel does not promise: it skips
- * a program that it finds running on the same CPU (`prog->active` in __bpf_trace_run), and kernels
- * that shield a process from tracing skip all on an interrupt that arrives on top of it (seen: one
- * of some 50,000 completions missing). The note of a write whose completion was missed stays, and
- * is marked in each take, until its tag is used again or the disk is seen idle.
+ * A request is noted as in flight when it is issued, in the slot of its tag, and marks when it
+ * completes: a mark set at issue could be taken, and the old data read, before the write lands. The
+ * kernel does not promise that a program runs on each completion: it skips one that it finds
+ * running on the same CPU (`prog->active` in __bpf_trace_run), and kernels that shield a process
+ * from tracing skip all on an interrupt that arrives on top of it (seen: one of some 50,000
+ * completions missing). The note of such a write stays: every take marks it afresh, and so does the
+ * next request with its tag, until the disk is seen idle. A write is missed only if neither its
+ * issue nor its completion was seen. Bios have no tags: they mark when queued as well.
  *
  * Whatever is not known to leave the data alone marks, failed or not; where the range cannot be
  * known `lost` is counted, so that nothing is missed in silence.
@@ -279,26 +279,27 @@ static __always_inline struct dirty_slot *slot_of(struct request *rq) {
     return bpf_map_lookup_elem(&slots, &index);
 }
 
-/* Note the request before its mark is set: a take that gets the mark then finds the note, or the
- * write has landed. An older note in the slot is of a request that has ended, and was marked by
- * every take since it was issued. */
+static __always_inline void mark_request(struct request *rq, __u32 bytes) {
+    if (OP_IS(op_of(rq->cmd_flags), REQ_OP_DISCARD) && rq->bio)
+        mark_discards(rq);
+    else
+        mark(rq->__sector, sectors_of(bytes));
+}
+
+/* A note that still lies in the slot is of a request whose completion was missed: it has landed,
+ * for its tag is used again. */
 static __always_inline void note_request(struct request *rq, __u64 sector, __u64 count) {
     struct dirty_slot *slot = slot_of(rq);
     if (!slot || count >> 32) {
         count_lost();
         return;
     }
-    __u64 turn = (slot->state >> 32) + 1;
+    __u64 state = slot->state;
+    if ((__u32)state)
+        mark(slot->sector, (__u32)state);
     slot->sector = sector;
     barrier();
-    slot->state = turn << 32 | count;
-}
-
-static __always_inline void mark_request(struct request *rq, __u32 bytes) {
-    if (OP_IS(op_of(rq->cmd_flags), REQ_OP_DISCARD) && rq->bio)
-        mark_discards(rq);
-    else
-        mark(rq->__sector, sectors_of(bytes));
+    slot->state = ((state >> 32) + 1) << 32 | count;
 }
 
 /* True if it is a write to our disk with a range; what has none is counted. */
@@ -319,40 +320,22 @@ static __always_inline int issue_request(struct request *rq) {
     if (OP_IS(op_of(rq->cmd_flags), REQ_OP_DISCARD))
         bpf_loop(MAX_BIOS, widen, &bounds, 0);
     note_request(rq, bounds.first, bounds.end - bounds.first);
-    mark_request(rq, rq->__data_len);
     return 0;
 }
 
-/* True if this very request was noted (and so marked) when it was issued. */
-static __always_inline _Bool is_noted(struct request *rq, struct dirty_slot *slot) {
-    return slot && rq->__sector - slot->sector < (__u32)slot->state;
-}
-
-/* The data has landed: only then may the note go (release; on x86 stores keep their order). */
-static __always_inline void drop_note(struct dirty_slot *slot) {
-    __u64 none = slot->state >> 32 << 32; /* no sectors */
-#ifdef __TARGET_ARCH_x86
-    barrier();
-    slot->state = none;
-#else
-    __sync_lock_test_and_set(&slot->state, none);
-#endif
-}
-
 /* A request may complete in parts; the kernel calls before it moves __sector. A flush's second
- * completion has no bytes left. What was noted at issue is marked already, and by every take since;
- * what was not (the issue's program was skipped) marks here. */
+ * completion has no bytes left. The note goes after the mark is set, whose barrier keeps the two in
+ * order: who takes sees one or the other. */
 static __always_inline int complete_request(struct request *rq, __u32 nr_bytes) {
     if (!is_ours(rq->q->disk))
         return 0;
     note_seen();
     if (!is_write(rq) || nr_bytes == 0)
         return 0;
+    mark_request(rq, nr_bytes);
     struct dirty_slot *slot = slot_of(rq);
-    if (!is_noted(rq, slot))
-        mark_request(rq, nr_bytes);
-    else if (nr_bytes >= rq->__data_len)
-        drop_note(slot);
+    if (slot && nr_bytes >= rq->__data_len)
+        slot->state = slot->state >> 32 << 32; /* no sectors: nothing in flight */
     return 0;
 }
 

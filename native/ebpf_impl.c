@@ -268,7 +268,8 @@ static int64_t list_slots(const ws_tracker *tracker, ws_in_flight *out, size_t r
             continue;
         if (found < room)
             out[found] = (ws_in_flight){i, tracker->slots[i].sector, state};
-        /* Reused while we looked: the new write's own mark lies in the bitmap, untaken. */
+        /* Reused while we looked: the old write was marked by who reused it, and the range is of
+         * either: too much is marked, never too little. */
         found++;
     }
     return (int64_t)found;

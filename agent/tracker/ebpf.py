@@ -94,14 +94,23 @@ class EbpfTracker:
         kernel, marks = self._attached()
         if kernel.counters().lost != self._lost:
             return marks.size_bytes
-        return marks.count_bytes()
+        # What is in flight marks only when it completes.
+        in_flight = sum(write.sector_count for write in kernel.in_flight())
+        return marks.count_bytes() + in_flight * SECTOR_BYTES
 
     def is_marked(self, offset_bytes: int, length_bytes: int) -> bool:
         """See `agent.tracker.Tracker`."""
         kernel, marks = self._attached()
         if kernel.counters().lost != self._lost:
             return True
-        return has_mark(marks, offset_bytes, length_bytes)
+        if has_mark(marks, offset_bytes, length_bytes):
+            return True
+        first = kernel.watch.start_sector + offset_bytes // SECTOR_BYTES
+        end = first + -(-length_bytes // SECTOR_BYTES)
+        return any(
+            write.sector < end and first < write.sector + write.sector_count
+            for write in kernel.in_flight()
+        )
 
     def interrupt(self) -> None:
         """Nothing takes long."""
