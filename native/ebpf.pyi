@@ -84,7 +84,7 @@ class KernelTracker:
     def in_flight(self) -> list[InFlight]:
         """Return the writes that were issued and not seen to complete.
 
-        Who takes the marks must afterwards mark these again: they may land after the take.
+        Who takes the marks must afterwards mark these: a completion may never be seen.
         """
     def forget(self, write: InFlight) -> None:
         """Drop the note of a write that is known to have ended, unless the note has changed.
