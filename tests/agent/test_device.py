@@ -96,6 +96,17 @@ def test_opening_is_for_what_is_allowed(image_file: Image, tmp_path: Path) -> No
         assert caught.value.reason == "DEVICE_NOT_ALLOWED"
 
 
+def test_what_is_not_allowed_is_not_even_opened(
+    image_file: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To open can be to touch: a tape rewinds, a watchdog begins to count."""
+    opened: list[str] = []
+    monkeypatch.setattr(device_module, "BlockDevice", lambda path, **_: opened.append(path))
+    with pytest.raises(NotAllowed):
+        open_device(str(image_file(MIB)), ("/dev/other",))
+    assert opened == []
+
+
 def test_a_link_out_of_an_allowed_directory_opens_nothing(
     image_file: Image, tmp_path: Path
 ) -> None:

@@ -26,7 +26,9 @@ from agent.errors import (
 )
 from agent.migration import Plan, Role, Scheme, Volume
 from agent.registry import Registry
+from agent.source import SourceMigration
 from agent.state import State
+from agent.tracker.scan import ScanTracker
 from tests.agent.carriers.rig import descriptors, image, request, until
 from tests.agent.ends import FakeCarrier, FakePeer
 from tests.agent.rpc_helpers import run
@@ -119,6 +121,34 @@ def test_the_target_is_told_what_the_source_is(tmp_path: Path) -> None:
         assert [volume.size_bytes for volume in asked.volumes] == [4 << 20] * 2
         assert {volume.block_size_bytes for volume in asked.volumes} == {65536}
         assert all(one.device.startswith("file:") for ids in asked.source_identities for one in ids)
+
+    trial(tmp_path, steps)
+
+
+def test_tracking_starts_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 1: on all volumes, and what may differ from the target is everything."""
+    events: list[str] = []
+    start, begin = SourceDisk.start, SourceMigration.start
+
+    def tracking(disk: SourceDisk) -> None:
+        assert disk.pending.count() == 0
+        start(disk)
+        events.append(f"tracking, {disk.pending.count_bytes()} bytes to send")
+
+    def seeding(migration: SourceMigration) -> None:
+        events.append("first round")
+        begin(migration)
+
+    monkeypatch.setattr(SourceDisk, "start", tracking)
+    monkeypatch.setattr(SourceMigration, "start", seeding)
+    monkeypatch.setattr(ScanTracker, "start", lambda tracker: events.append("started"))
+
+    async def steps(host: Host) -> None:
+        await host.registry.create(host.plan("a", "a", "b"))
+        one = ["started", f"tracking, {4 << 20} bytes to send"]
+        assert events == [*one, *one, "first round"]
 
     trial(tmp_path, steps)
 
