@@ -22,7 +22,7 @@ def test_every_rule_is_there() -> None:
 
 
 def test_every_test_exists() -> None:
-    defined = set(re.findall(r"^def (test_\w+)", sources("tests"), re.MULTILINE))
+    defined = set(re.findall(r"^ *def (test_\w+)", sources("tests"), re.MULTILINE))
     named = set(re.findall(r"`(test_\w+)`", PAGE))
     assert named
     assert named - defined == set()
