@@ -103,7 +103,11 @@ class Sender:
         self.bell.ring()
 
     async def take(self, *, flush: bool) -> Taken:
-        """Take the marks of all volumes. `flush`: first what the host's page cache holds."""
+        """Take the marks of all volumes. `flush`: first what the host's page cache holds.
+
+        Unavailable if the target is lost, even where there is nothing to send.
+        """
+        self._open_carrier.check()
         started = time.monotonic()
         takes = await self.on_disks(lambda disk: disk.take(flush=flush))
         for disk, take in zip(self.disks, takes, strict=True):

@@ -15,6 +15,9 @@ class Carrier(Protocol):
     def name(self) -> str:
         """What it is called: grpc or tcp."""
 
+    def check(self) -> None:
+        """Raise if the stream is known to be lost: an idle migration would not notice otherwise."""
+
     async def send(self, frame: bytes) -> None:
         """Hand over one frame; waits while too much is under way (back-pressure)."""
 

@@ -61,6 +61,11 @@ class GrpcCarrier:
         self._answers = asyncio.create_task(self._read_answers())
         await self._write(pb.TransferRequest(session_token=self._token))
 
+    def check(self) -> None:
+        """See `agent.carrier.Carrier`."""
+        if self._failure is not None:
+            raise self._failure
+
     async def send(self, frame: bytes) -> None:
         """See `agent.carrier.Carrier`."""
         await self._window.acquire()
@@ -70,6 +75,8 @@ class GrpcCarrier:
     async def flush(self, generation: int) -> float:
         """See `agent.carrier.Carrier`."""
         self._flushed = asyncio.get_running_loop().create_future()
+        # Cancelled or failed in the write below, nobody waits for it any more.
+        self._flushed.add_done_callback(lambda done: done.cancelled() or done.exception())
         flush = pb.FlushRound(generation=generation, frame_count=self._frames)
         self._frames = 0
         await self._write(pb.TransferRequest(flush=flush))
@@ -91,11 +98,14 @@ class GrpcCarrier:
     async def _write(self, request: pb.TransferRequest | bytes) -> None:
         if self._failure is None:
             try:
-                await self._call.write(request)
+                # gRPC cancels the whole call if a write is cancelled; the target would take the cut
+                # for a failure before it hears that the migration was cancelled.
+                write = asyncio.ensure_future(self._call.write(request))
+                write.add_done_callback(lambda done: done.cancelled() or done.exception())
+                await asyncio.shield(write)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
                 await self._learn_failure(error)
-        if self._failure is not None:
-            raise self._failure
+        self.check()
 
     async def _learn_failure(self, error: Exception) -> None:
         """The reader learns the real reason; wait for it rather than report a broken write."""

@@ -16,6 +16,7 @@ from agent import disk as disk_module
 from agent.bell import Bell
 from agent.carrier import Carrier
 from agent.disk import SourceDisk, open_source
+from agent.errors import WarmsyncError
 from agent.migration import Plan, Scheme, Volume
 from agent.peer import SessionRequest
 from agent.sender import Sender, Workshop
@@ -44,7 +45,12 @@ class FakeCarrier:
         self.gates: dict[str, asyncio.Event] = {}
         self.reached = Bell()
         self.flush_seconds = 0.0
+        self.failure: WarmsyncError | None = None
         self.closed = False
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
 
     async def send(self, frame: bytes) -> None:
         await self._enter("send")

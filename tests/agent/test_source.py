@@ -388,6 +388,19 @@ def test_a_failure_in_a_later_round(
     trial(end, steps)
 
 
+def test_an_idle_migration_notices_that_the_target_is_lost(end: Source) -> None:
+    """With nothing to send, nothing else would tell: the VM would be powered down for nothing."""
+
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        end.carrier.failure = LOST
+        await ended(migration)
+        assert migration.snapshot().error is LOST
+        assert_given_up(end)
+
+    trial(end, steps)
+
+
 @pytest.mark.parametrize("phase", ["send", "flush", "release", "fence", "look"])
 def test_a_failure_in_the_cutover(end: Source, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def steps(migration: SourceMigration) -> None:

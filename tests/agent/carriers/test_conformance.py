@@ -381,6 +381,22 @@ def test_a_peer_that_vanishes(make_rig: MakeRig, source: Path) -> None:
     trial(make_rig, steps)
 
 
+def test_a_peer_that_vanishes_is_noticed_by_an_idle_source(make_rig: MakeRig, source: Path) -> None:
+    async def steps(rig: Rig) -> None:
+        carrier = await rig.open_carrier()
+        await carrier.send(frame_of(source, 0, STEP))
+        await carrier.flush(1)
+        carrier.check()
+        await rig.server.stop(0)
+        with pytest.raises(Unavailable):
+            while True:
+                carrier.check()
+                await asyncio.sleep(0.01)
+        await carrier.close()
+
+    trial(make_rig, steps)
+
+
 def test_a_peer_that_vanishes_while_the_source_waits(
     make_rig: MakeRig, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
