@@ -96,7 +96,12 @@ class TargetSession:
 
     async def write(self, frame: memoryview) -> int:
         """Write one frame of the open generation; returns its sequence number."""
-        sequence = await self._writer.write(frame, self._generation + 1)
+        self._check_receiving()
+        try:
+            sequence = await self._writer.write(frame, self._generation + 1)
+        except (ValueError, RuntimeError):  # the device, or the agent's threads, closed meanwhile
+            self._check_receiving()
+            raise
         progress = self._progress
         self._progress = replace(progress, sent_bytes=progress.sent_bytes + len(frame))
         return sequence
@@ -109,6 +114,7 @@ class TargetSession:
                 f"generation {generation} cannot follow {self._generation}; start a new migration",
                 generation=generation,
             )
+        self._check_receiving()
         self._check_sizes()
         seconds = await self._writer.flush()
         self._generation = generation
@@ -218,6 +224,15 @@ class TargetSession:
     def _make_writer(self) -> Writer:
         sizes = [volume.size_bytes for volume in self._plan.volumes]
         return Writer(self._devices, sizes, self._threads, self._pool)
+
+    def _check_receiving(self) -> None:
+        """Raise why the session was given up, if it was: its devices may be somebody else's now."""
+        if self.state not in (State.SEEDING, State.SYNCING):
+            raise self._error or FailedPrecondition(
+                "SESSION_NOT_OPEN",
+                f"the session of migration {self.id} is {self.state}; start a new migration",
+                id=self.id,
+            )
 
     def _check_sizes(self) -> None:
         for device, volume in zip(self._devices, self._plan.volumes, strict=True):

@@ -155,9 +155,24 @@ def test_nothing_is_written_after_the_release(source: Path, target: Path) -> Non
         await receive(session, source)
         session.release(1)
         before = read_all(target)
-        with pytest.raises((WarmsyncError, ValueError)):
+        with pytest.raises(FailedPrecondition) as refusal:
             await receive(session, source, generation=2)
+        assert refusal.value.reason == "SESSION_NOT_OPEN"
         assert read_all(target) == before
+
+    trial(target, steps)
+
+
+def test_what_ended_a_session_is_told_to_who_still_sends(source: Path, target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        session.begin_stream()
+        stopped = Unavailable("AGENT_STOPPED", "the agent was stopped; come back later")
+        session.close(stopped)
+        with pytest.raises(Unavailable) as told:
+            await receive(session, source)
+        assert told.value is stopped
+        with pytest.raises(Unavailable):
+            await session.flush(1)
 
     trial(target, steps)
 
