@@ -121,6 +121,15 @@ class Registry:
         most = self.config.limits.bandwidth_bytes_per_second
         return min(limit_bytes_per_second or most, most) if most else limit_bytes_per_second
 
+    def abort_session(self, token: str, reason: str, *, cancelled: bool) -> None:
+        """Give a session up. One that never began leaves nothing behind: its id is free again."""
+        session = self.session(token)
+        never_began = session.state is State.PENDING
+        session.abort(reason, cancelled=cancelled)
+        if never_began:
+            self._taken.pop((Role.TARGET, session.id), None)
+            del self._targets[session.id]
+
     async def create(self, plan: Plan) -> SourceMigration:
         """Check everything on both hosts and start. Whatever fails leaves nothing behind."""
         check_plan(plan)

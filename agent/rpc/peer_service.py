@@ -80,8 +80,9 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         self, request: pb.AbortSessionRequest, context: Any
     ) -> pb.AbortSessionResponse:
         """Give the session up."""
-        session = self._registry.session(request.session_token)
-        session.abort(request.reason, cancelled=request.cancelled)
+        self._registry.abort_session(
+            request.session_token, request.reason, cancelled=request.cancelled
+        )
         return pb.AbortSessionResponse()
 
     async def ReclaimSession(

@@ -320,6 +320,24 @@ def test_a_session_that_is_refused_leaves_nothing_behind(
     trial(tmp_path, steps)
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_session_given_up_before_it_began_is_forgotten(tmp_path: Path, begun: bool) -> None:
+    """Its source was refused: the next try may have the same id and the same devices."""
+
+    async def steps(host: Host) -> None:
+        registry, wanted = host.registry, request([host.targets["b"]])
+        session = await registry.open_session(wanted)
+        if begun:
+            session.begin_stream()
+        registry.abort_session(session.token, "no tracker", cancelled=False)
+        assert session.state is State.FAILED
+        assert registry.all() == ([session] if begun else [])
+        if not begun:
+            await registry.open_session(wanted)
+
+    trial(tmp_path, steps)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
