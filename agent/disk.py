@@ -64,7 +64,10 @@ class SourceDisk:
 
     def start(self) -> None:
         """Start tracking. From here on every write is noticed, and everything is to be sent."""
-        self.tracker.start()
+        try:
+            self.tracker.start()
+        except OSError as error:
+            raise io_error("source", error) from error
         self.pending.set_all()
 
     def map_data(self) -> DirtyBitmap:

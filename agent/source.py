@@ -136,7 +136,7 @@ class SourceMigration:
 
     async def cancel(self) -> None:
         """Stop; the source stays as it is, the target is released and marked incomplete."""
-        if self._is_releasing and not self.state.is_terminal:
+        if self._is_releasing and self.state is State.CUTTING_OVER:
             raise FailedPrecondition(
                 "TOO_LATE",
                 f"migration {self.id} is being handed over; roll it back afterwards",
