@@ -381,6 +381,12 @@ def test_a_peer_that_vanishes(make_rig: MakeRig, source: Path) -> None:
     trial(make_rig, steps)
 
 
+async def keep_checking(carrier: Carrier) -> None:
+    while True:
+        carrier.check()
+        await asyncio.sleep(0.01)
+
+
 def test_a_peer_that_vanishes_is_noticed_by_an_idle_source(make_rig: MakeRig, source: Path) -> None:
     async def steps(rig: Rig) -> None:
         carrier = await rig.open_carrier()
@@ -389,9 +395,7 @@ def test_a_peer_that_vanishes_is_noticed_by_an_idle_source(make_rig: MakeRig, so
         carrier.check()
         await rig.server.stop(0)
         with pytest.raises(Unavailable):
-            while True:
-                carrier.check()
-                await asyncio.sleep(0.01)
+            await keep_checking(carrier)
         await carrier.close()
 
     trial(make_rig, steps)
