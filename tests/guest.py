@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 from tests import devices
@@ -26,6 +27,21 @@ def finish(guest: subprocess.Popen[str]) -> None:
     """Wait for a guest that ends by itself; it must not have failed."""
     output, _ = guest.communicate(timeout=_SECONDS)
     assert guest.returncode == 0, output
+
+
+def boot(path: str | Path, *options: str) -> subprocess.Popen[str]:
+    """Start a guest, and return once it has begun to write."""
+    file, before = Path(path), Path(path).stat().st_mtime_ns
+    guest = fio(path, *options, "--thread")
+    counters = Path(f"/proc/{guest.pid}/io")
+    deadline = time.monotonic() + _SECONDS
+    # Direct writes to a file in memory are not counted, but change its time.
+    while "\nwrite_bytes: 0\n" in counters.read_text() and file.stat().st_mtime_ns == before:
+        if guest.poll() is not None or time.monotonic() > deadline:
+            destroy(guest)
+            raise RuntimeError(f"{guest.args!r} does not write")
+        time.sleep(0.01)
+    return guest
 
 
 def power_off(guest: subprocess.Popen[str]) -> None:

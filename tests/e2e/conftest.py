@@ -54,7 +54,7 @@ def own_pair(tmp_path: Path, resources: ExitStack) -> Iterator[Pair]:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     report = yield
     if report.failed:
-        for name, agent in agents.LIVE.items():
+        for agent in agents.LIVE:
             tail = agent.log.read_text()[-20_000:]
-            report.sections.append((f"log of the {name} agent", tail))
+            report.sections.append((f"log of the {agent.name} agent", tail))
     return report

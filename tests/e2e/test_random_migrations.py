@@ -13,7 +13,7 @@ from tests import content
 from tests.e2e import disks
 from tests.e2e.agents import Agent, Pair, Shown
 from tests.e2e.scenarios import HEADERS, Scenario, VolumePlan, scenario
-from tests.guest import destroy, finish, fio, power_off
+from tests.guest import boot, destroy, finish, fio, power_off
 
 SEEDS = range(24)
 BUDGET = "20s"
@@ -54,7 +54,7 @@ def _boot(stack: ExitStack, path: str, volume: VolumePlan) -> subprocess.Popen[s
     if volume.workload == "verify":
         finish(fio(path, "--rw=write", *HEADERS, "--do_verify=0"))
     size = [] if volume.source != "file" else [f"--size={disks.size_of(path) // 4096 * 4096}"]
-    guest = fio(path, *size, *volume.guest)
+    guest = boot(path, *size, *volume.guest)
     stack.callback(destroy, guest)
     return guest
 
