@@ -132,6 +132,8 @@ class GrpcCarrier:
                     error = await asyncio.shield(self._status)
             except TimeoutError:
                 return _lost("it did not say why")
+        if error.code() is grpc.StatusCode.OK:  # it ended the stream while a write was under way
+            return _lost("it closed the stream")
         return self._decode(error)
 
     def _note_status(self, call: Any) -> None:

@@ -193,8 +193,9 @@ class WrongGeneration:
         async for request in requests:
             if request.HasField("flush"):
                 generation = request.flush.generation + 1
+                if generation > 2:
+                    return
                 yield pb.TransferResponse(flushed=pb.RoundFlushed(generation=generation))
-                return
 
 
 def test_an_answer_for_another_generation_is_refused() -> None:
