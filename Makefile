@@ -57,7 +57,7 @@ build/.installed: build/.tools setup.py $(NATIVE)
 
 build/.installed-dev: build/.installed packaging/apt-test.txt
 	@packaging/install-apt packaging/apt-test.txt
-	@$(INSTALL) -e '.[test,dev]'
+	@$(INSTALL) --group dev
 	@touch $@
 
 clean: ## remove what was built

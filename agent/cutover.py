@@ -28,14 +28,17 @@ _RETRY_SECONDS = 0.5
 class Cutover:
     """One attempt. `releasing` is true from when the target may own the disk."""
 
-    def __init__(self, sender: Sender, peer: Peer, token: str) -> None:
+    def __init__(
+        self, sender: Sender, peer: Peer, token: str, asked_seconds: float | None = None
+    ) -> None:
         self._sender = sender
         self._peer = peer
         self._token = token
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Nobody may be waiting for the answer any more; the migration's state has it too.
         self.done.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._started = self._lap = time.monotonic()
+        # The downtime counts from when it was asked for (monotonic clock).
+        self._started = self._lap = asked_seconds or time.monotonic()
         self._parts = DowntimeParts()
         self.releasing = False
 

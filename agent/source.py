@@ -35,6 +35,8 @@ from agent.verify import compare_ends
 _log = logging.getLogger(__name__)
 
 _ABORT_SECONDS = 10.0
+RECONVERGE_SECONDS = 10.0
+"""How long a cutover waits for a migration that was converged before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +150,28 @@ class SourceMigration:
 
     async def cut_over(self, *, force: bool) -> None:
         """Return once the target is durable and released. NOT_QUIESCED, and what can go wrong."""
+        asked = time.monotonic()
+        if not force:
+            await self._reconverge()
         self._move(Event.CUT_OVER, force=force)
         self._refusal = None
-        self._cutover = Cutover(self._sender, self._prepared.peer, self._prepared.token)
+        self._cutover = Cutover(self._sender, self._prepared.peer, self._prepared.token, asked)
         self._stir()
         # It goes on if the caller hangs up.
         await asyncio.shield(self._cutover.done)
+
+    async def _reconverge(self) -> None:
+        """Give what was converged before a moment to be so again.
+
+        Between the message *converged* and the power-down the guest may write faster for a while;
+        once it is off, two looks are enough. One that runs on is refused all the same.
+        """
+        if not any(entry.state is State.CONVERGED for entry in self._machine.history):
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RECONVERGE_SECONDS):
+                while self.state is State.SYNCING:
+                    await self.bell.wait(self.bell.count)
 
     async def roll_back(self) -> None:
         """Take the target back, then lift the fence: the source is the owner again."""

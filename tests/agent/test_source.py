@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from agent import cutover as cutover_module
+from agent import source as source_module
 from agent.errors import Cancelled, DataLoss, FailedPrecondition, InvalidArgument, Unavailable
 from agent.errors import WarmsyncError as Error
 from agent.source import SourceMigration
-from agent.state import State
+from agent.state import Event, State
 from tests.agent.ends import SIZE, Source, source, until
 from tests.agent.rpc_helpers import run
 
@@ -141,6 +142,33 @@ def test_commands_that_make_no_sense_change_nothing(end: Source) -> None:
         with pytest.raises(FailedPrecondition):
             migration.update(1 << 20, None)
         assert_state(migration, State.CUT_OVER)
+
+    trial(end, steps)
+
+
+def test_a_cutover_waits_a_moment_for_what_was_converged_before(end: Source) -> None:
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        migration._move(Event.DIVERGE)
+        await migration.cut_over(force=False)
+        assert_state(migration, State.CUT_OVER)
+
+    trial(end, steps)
+
+
+def test_a_cutover_of_what_does_not_converge_again_is_refused(
+    end: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "RECONVERGE_SECONDS", 0.05)
+
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        async with migration._at_rest:  # no round, no look
+            if migration.state is State.CONVERGED:
+                migration._move(Event.DIVERGE)
+            with pytest.raises(FailedPrecondition) as caught:
+                await migration.cut_over(force=False)
+        assert caught.value.reason == "NOT_CONVERGED"
 
     trial(end, steps)
 
