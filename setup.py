@@ -27,11 +27,25 @@ KERNELS = {
     "buffer": ["buffer_impl.c"],
     "blockio": ["blockio_open.c", "blockio_data.c", *BLOCKIO],
     "frame": ["frame_impl.c", "frame_check.c", *BLOCKIO, *CHUNK],
+    "stream": [
+        *(
+            f"stream_{part}.c"
+            for part in ("conn", "tls", "token", "pace", "pack", "send", "receive")
+        ),
+        "blockio_ring.c",
+        "frame_impl.c",
+        "frame_check.c",
+        "bitmap_impl.c",
+        "bitmap_runs.c",
+        *BLOCKIO,
+        *CHUNK,
+    ],
     "scan": ["scan_impl.c", "bitmap_impl.c", *BLOCKIO, *CHUNK],
 }
 C_FLAGS = ["-std=gnu11", "-O3", "-g1", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 # Cython's own output, not ours, trips these.
 C_FLAGS += ["-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno-unused-function"]
+LIBRARIES = {"ebpf": ["bpf"], "stream": ["ssl", "crypto", "uring", "zstd"]}
 LINK_FLAGS: list[str] = []
 if SANITIZE:
     C_FLAGS += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -58,7 +72,7 @@ def extensions() -> list[Extension]:
             include_dirs=["native"],
             extra_compile_args=C_FLAGS,
             extra_link_args=LINK_FLAGS,
-            libraries=["bpf"] if name == "ebpf" else [],
+            libraries=LIBRARIES.get(name, []),
             depends=[str(path) for path in ROOT.glob("native/*.[hp]*")],
         )
         for name, sources in kernels.items()

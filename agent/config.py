@@ -45,6 +45,8 @@ class TransferConfig:
 
     read_ahead_frames: int = 16
     threads: int = 4
+    connections: int = 4
+    data_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,8 @@ def validate(config: AgentConfig) -> None:
         _check_pattern(pattern)
     _check_range("transfer.read_ahead_frames", config.transfer.read_ahead_frames, 1, 1024)
     _check_range("transfer.threads", config.transfer.threads, 1, 256)
+    _check_range("transfer.connections", config.transfer.connections, 1, 64)
+    _check_range("transfer.data_port", config.transfer.data_port, -1, 65535)
     _check_range("limits.max_migrations", config.limits.max_migrations, 1, 1000)
     _check_range("limits.bandwidth", config.limits.bandwidth_bytes_per_second, 0, (1 << 63) - 1)
 
@@ -234,7 +238,13 @@ _KEYS: Mapping[str, Reader] = {
     "bpffs_dir": _text,
     "allow_devices": _texts,
     "tls": _section(TlsConfig, cert=_text, key=_text, ca=_text),
-    "transfer": _section(TransferConfig, read_ahead_frames=_number, threads=_number),
+    "transfer": _section(
+        TransferConfig,
+        read_ahead_frames=_number,
+        threads=_number,
+        connections=_number,
+        data_port=_number,
+    ),
     "limits": _section(_limits, max_migrations=_number, bandwidth=_rate),
 }
 

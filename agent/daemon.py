@@ -21,6 +21,8 @@ import uvloop
 from warmsync.v1 import host_service_pb2_grpc, migration_service_pb2_grpc
 
 from agent import log
+from agent.address import Address, parse_address
+from agent.carrier.port import DataPort
 from agent.config import AgentConfig
 from agent.errors import FailedPrecondition, NotAllowed
 from agent.registry import Registry
@@ -52,7 +54,10 @@ async def serve(config: AgentConfig, *, as_json: bool = False) -> None:
     """Serve on this event loop until a signal comes."""
     stop = _stop_on_signals()
     registry = Registry(
-        config, lambda address: PeerClient(open_channel(address, config.tls), address)
+        config,
+        lambda address: PeerClient(
+            open_channel(address, config.tls), address, tls=config.tls.is_on
+        ),
     )
     try:
         server = await start_server(config.listen, _services(config, registry), config.tls)
@@ -60,14 +65,33 @@ async def serve(config: AgentConfig, *, as_json: bool = False) -> None:
         await registry.close()
         raise
     try:
+        registry.data_port = open_data_port(config, server.address)
         _announce(server, config, as_json=as_json)
         await stop.wait()
     finally:
         _log.info("stopping")
         # The registry first: it ends the streams that watch, which the server would wait for.
         await registry.close()
+        if registry.data_port is not None:
+            await registry.data_port.close()
         await server.stop(STOP_GRACE_SECONDS)
     _log.info("stopped")
+
+
+def open_data_port(config: AgentConfig, address: Address) -> DataPort | None:
+    """Listen for data connections beside the port for calls; None if there shall be none.
+
+    FailedPrecondition DATA_PORT_UNUSABLE.
+    """
+    port = config.transfer.data_port
+    if port < 0 or address.path:
+        return None
+    if port == 0 and parse_address(config.listen).port != 0:
+        port = address.port + 1
+    opened = DataPort(tls=config.tls.is_on)
+    opened.listen(address.host, port)
+    _log.info("data port=%s", opened.port)
+    return opened
 
 
 @contextmanager

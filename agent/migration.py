@@ -15,7 +15,7 @@ from agent.errors import InvalidArgument
 if TYPE_CHECKING:
     from agent.errors import WarmsyncError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Version of what agents say to each other; both ends must have the same."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -35,6 +35,14 @@ class Scheme(StrEnum):
     EBPF = "ebpf"
     QEMU = "qemu"
     SCAN = "scan"
+
+
+class CarrierKind(StrEnum):
+    """Ways for frames to travel; AUTO is TCP where that can be."""
+
+    AUTO = "auto"
+    TCP = "tcp"
+    GRPC = "grpc"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,8 @@ class Plan:
     block_size_bytes: int = 4096
     max_downtime_seconds: float = 0.5
     limit_bytes_per_second: int = 0
+    carrier: CarrierKind = CarrierKind.AUTO
+    compress: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +143,7 @@ class Migration:
     refusal: WarmsyncError | None = None
     incomplete: bool = False
     carrier: str = ""
+    carrier_detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +200,11 @@ def check_plan(plan: Plan) -> None:
             "INVALID_BLOCK_SIZE",
             f"block size {block} is not valid; use a power of two from 4096 to 16777216",
             block_size_bytes=block,
+        )
+    if plan.compress and plan.carrier is CarrierKind.GRPC:
+        raise InvalidArgument(
+            "COMPRESSION_UNAVAILABLE",
+            "the grpc carrier does not compress; use --carrier tcp, or --compression none",
         )
     check_budget(plan.max_downtime_seconds)
     check_limit(plan.limit_bytes_per_second)

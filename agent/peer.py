@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from agent.carrier import Carrier
+from agent.carrier import Carrier, CarrierRequest
 from agent.migration import Identity, Volume
 
 
@@ -34,8 +34,8 @@ class Peer(Protocol):
     async def open_session(self, request: SessionRequest) -> str:
         """Claim all target devices, or none; returns the session's token."""
 
-    async def open_carrier(self, token: str) -> Carrier:
-        """Return a carrier for the frames of a session."""
+    async def open_carrier(self, token: str, request: CarrierRequest) -> Carrier:
+        """Return a carrier for the frames of a session: of the kind that is asked for, or fail."""
 
     def digests(self, token: str, volume: int) -> AsyncIterator[tuple[int, bytes]]:
         """Iterate (offset, digests of the chunks from there on) over a whole target volume."""

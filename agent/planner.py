@@ -41,10 +41,9 @@ def plan_dirty(volume: int, dirty: DirtyBitmap, gap_bytes: int = GAP_BYTES) -> I
             yield Batch(volume, extents, total_bytes(extents), hole=False)
 
 
-def plan_seed(volume: int, data: DirtyBitmap) -> Iterator[Batch]:
-    """Iterate a whole volume: what is marked as data first, then all else, as holes."""
-    yield from plan_dirty(volume, data)
-    yield from _plan_holes(volume, complement(data.extents(), data.size_bytes))
+def plan_holes(volume: int, data: DirtyBitmap) -> Iterator[Batch]:
+    """Iterate all that is not marked as data: the target zeroes it."""
+    return _plan_holes(volume, complement(data.extents(), data.size_bytes))
 
 
 def _plan_holes(volume: int, holes: Iterable[tuple[int, int]]) -> Iterator[Batch]:

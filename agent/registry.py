@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from agent.bell import Bell
+from agent.carrier.port import DataPort
 from agent.config import AgentConfig
 from agent.device import boot_id, identities
 from agent.disk import OpenSource, SourceDisk, open_source
@@ -54,7 +55,13 @@ class Registry:
         threads = config.transfer.threads
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="io")
         self._pool = BufferPool(2 * MAX_PAYLOAD_BYTES, threads)
-        self._workshop = Workshop(self._threads, self._pool, config.transfer.read_ahead_frames)
+        self._workshop = Workshop(
+            self._threads,
+            self._pool,
+            config.transfer.read_ahead_frames,
+            config.transfer.connections,
+        )
+        self.data_port: DataPort | None = None
         self._sources: dict[str, SourceMigration] = {}
         self._targets: dict[str, TargetSession] = {}
         # Devices of migrations that have not ended, and ids being created.

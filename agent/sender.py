@@ -16,13 +16,14 @@ from itertools import chain
 from typing import TypeVar
 
 from agent.bell import Bell
-from agent.carrier import Carrier
+from agent.carrier import BulkCarrier, Carrier, CarrierRequest
 from agent.disk import SourceDisk
-from agent.migration import Progress
-from agent.planner import Batch, plan_dirty, plan_seed
+from agent.migration import Plan, Progress
+from agent.planner import Batch, plan_dirty, plan_holes
 from agent.reader import Reader, ReadVolume
 from agent.rounds import RoundReport
 from agent.throttle import Throttle
+from native.bitmap import DirtyBitmap
 from native.buffer import BufferPool
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Workshop:
     threads: Executor
     pool: BufferPool
     read_ahead_frames: int
+    connections: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,32 +72,61 @@ class Sender:
         self._carrier: Carrier | None = None
         self._running = asyncio.Event()
         self._running.set()
-        self._paused_seconds = 0.0
+        self._paused_seconds = self._paused_at = 0.0
         self._taken_at = time.monotonic()
 
     def use(self, carrier: Carrier) -> None:
         """Send over this carrier from now on."""
         self._carrier = carrier
+        if isinstance(carrier, BulkCarrier):
+            carrier.limit(self.throttle.limit_bytes_per_second)
+            carrier.pause(not self._running.is_set())
+
+    def carrier_request(self, plan: Plan) -> CarrierRequest:
+        """Return what carrier these disks ask for."""
+        return CarrierRequest(
+            devices=[disk.device for disk in self.disks],
+            digests=[disk.tracker.digests for disk in self.disks],
+            kind=plan.carrier,
+            connections=self._workshop.connections,
+            compress=plan.compress,
+        )
+
+    def limit(self, limit_bytes_per_second: int) -> None:
+        """Change the bandwidth limit; 0 is none."""
+        self.throttle.change(limit_bytes_per_second)
+        if isinstance(self._carrier, BulkCarrier):
+            self._carrier.limit(limit_bytes_per_second)
 
     @property
     def carrier_name(self) -> str:
         """The carrier in use; empty before there is one."""
         return self._carrier.name if self._carrier else ""
 
+    @property
+    def carrier_detail(self) -> str:
+        """How it travels, or why it was chosen."""
+        return self._carrier.detail if self._carrier else ""
+
     def pause(self) -> None:
         """Stop reading and sending before the next frame; what is under way is finished."""
         self._running.clear()
+        self._paused_at = time.monotonic()
+        if isinstance(self._carrier, BulkCarrier):
+            self._carrier.pause(True)
 
     def resume(self) -> None:
         """Go on."""
+        if not self._running.is_set():
+            self._paused_seconds += time.monotonic() - self._paused_at
         self._running.set()
+        if isinstance(self._carrier, BulkCarrier):
+            self._carrier.pause(False)
 
     async def wait_until_running(self) -> None:
         """Wait while paused."""
         while not self._running.is_set():  # again: it may be paused before we get to run
-            paused = time.monotonic()
             await self._running.wait()
-            self._paused_seconds += time.monotonic() - paused
 
     def note(self, **changes: object) -> None:
         """Change the progress that is shown."""
@@ -127,13 +158,13 @@ class Sender:
     async def send_seed(self, taken: Taken) -> RoundReport:
         """Send everything: data first, then holes, which are found and not read."""
         maps = await self.on_disks(SourceDisk.map_data)
-        batches = chain.from_iterable(plan_seed(i, data) for i, data in enumerate(maps))
-        return await self._send(batches, taken)
+        holes = chain.from_iterable(plan_holes(i, data) for i, data in enumerate(maps))
+        return await self._send(list(enumerate(maps)), holes, taken)
 
     async def send_dirty(self, taken: Taken) -> RoundReport:
         """Send what is pending. Nothing travels if nothing is."""
-        plans = (plan_dirty(i, disk.pending) for i, disk in enumerate(self.disks))
-        return await self._send(chain.from_iterable(plans), taken)
+        jobs = [(i, disk.pending) for i, disk in enumerate(self.disks)]
+        return await self._send(jobs, iter(()), taken)
 
     async def on_disks(self, work: Callable[[SourceDisk], _Result]) -> list[_Result]:
         """Run blocking work on all disks at once; the first error is raised when all are done."""
@@ -156,11 +187,16 @@ class Sender:
         if self._carrier is not None:
             await self._carrier.close()
 
-    async def _send(self, batches: Iterator[Batch], taken: Taken) -> RoundReport:
+    async def _send(
+        self, jobs: list[tuple[int, DirtyBitmap]], holes: Iterator[Batch], taken: Taken
+    ) -> RoundReport:
         self.generation += 1
         self.note(round_bytes=taken.dirty_bytes, round_done_bytes=0)
         started, paused = time.monotonic(), self._paused_seconds
-        sent = await self._send_frames(batches)
+        before = self.progress.sent_bytes
+        await self._send_marked(jobs)
+        await self._send_frames(holes)
+        sent = self.progress.sent_bytes - before
         flush_seconds = await self._flush()
         finished = time.monotonic()
         elapsed = finished - started - (self._paused_seconds - paused)
@@ -175,19 +211,23 @@ class Sender:
             finished_seconds=finished,
         )
 
-    async def _send_frames(self, batches: Iterator[Batch]) -> int:
-        sent = 0
+    async def _send_marked(self, jobs: list[tuple[int, DirtyBitmap]]) -> None:
+        carrier = self._open_carrier
+        if isinstance(carrier, BulkCarrier):
+            await carrier.send_marked(jobs, self.generation, self._count)
+        else:
+            await self._send_frames(chain.from_iterable(plan_dirty(*job) for job in jobs))
+
+    async def _send_frames(self, batches: Iterator[Batch]) -> None:
         frames = self._reader.frames(batches, self.generation)
         try:
             async for batch, frame in frames:
                 await self.wait_until_running()
                 await self.throttle.spend(len(frame))
                 await self._open_carrier.send(frame)
-                sent += len(frame)
                 self._count(batch.size_bytes, len(frame))
         finally:
             await frames.aclose()
-        return sent
 
     async def _flush(self) -> float:
         """Only now is what was sent known to be equal: clear it (rule 4)."""

@@ -92,6 +92,7 @@ class SourceMigration:
             scheme=self._prepared.scheme,
             scheme_reason=self._prepared.scheme_reason,
             carrier=self._sender.carrier_name,
+            carrier_detail=self._sender.carrier_detail,
             progress=self._sender.progress,
             history=tuple(Entered(e.state, e.at_seconds) for e in self._machine.history),
             error=self._error,
@@ -119,7 +120,7 @@ class SourceMigration:
             self._convergence.change_budget(max_downtime_seconds)
         if limit_bytes_per_second is not None:
             self._plan = replace(self._plan, limit_bytes_per_second=limit_bytes_per_second)
-            self._sender.throttle.change(limit_bytes_per_second)
+            self._sender.limit(limit_bytes_per_second)
             self._convergence.change_limit(limit_bytes_per_second or None)
         self._stir()
 
@@ -218,7 +219,8 @@ class SourceMigration:
     async def _run(self) -> None:
         try:
             prepared = self._prepared
-            self._sender.use(await prepared.peer.open_carrier(prepared.token))
+            request = self._sender.carrier_request(self._plan)
+            self._sender.use(await prepared.peer.open_carrier(prepared.token, request))
             await self._seed()
             while self.state is not State.CUT_OVER:
                 await self._rest()

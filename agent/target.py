@@ -17,6 +17,7 @@ from dataclasses import replace
 from agent.bell import Bell
 from agent.device import identities, io_error, open_device
 from agent.errors import DataLoss, FailedPrecondition, InvalidArgument, Unavailable, WarmsyncError
+from agent.inlet import Inlet
 from agent.migration import Event as Entered
 from agent.migration import Migration, Plan, Progress, Role, Volume
 from agent.peer import SessionRequest
@@ -25,6 +26,7 @@ from agent.state import Event, Machine, State
 from agent.writer import Writer
 from native.blockio import BlockDevice
 from native.buffer import BufferPool
+from native.stream import Connection
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class TargetSession:
         self._progress = Progress(total_bytes=sum(v.size_bytes for v in request.volumes))
         self._error: WarmsyncError | None = None
         self._streaming = False
+        self._inlet: Inlet | None = None
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(_OPENING_SECONDS, self._give_up_waiting)
 
@@ -70,13 +73,17 @@ class TargetSession:
     def snapshot(self) -> Migration:
         """Return what is known now."""
         released = (State.CUT_OVER, State.COMPLETED)
+        progress = self._progress
+        if self._inlet is not None:
+            received = progress.sent_bytes + self._inlet.received_bytes
+            progress = replace(progress, sent_bytes=received)
         return Migration(
             plan=self._plan,
             role=Role.TARGET,
             state=self.state,
             scheme=None,
             scheme_reason="",
-            progress=self._progress,
+            progress=progress,
             history=tuple(Entered(e.state, e.at_seconds) for e in self._machine.history),
             error=self._error,
             incomplete=self.state not in released,
@@ -85,14 +92,32 @@ class TargetSession:
     def begin_stream(self) -> None:
         """The source starts to send. FailedPrecondition if it has done so before."""
         if self.state is not State.PENDING:
-            raise FailedPrecondition(
-                "SESSION_NOT_OPEN",
-                f"the session of migration {self.id} is {self.state}; start a new migration",
-                id=self.id,
-            )
+            raise _not_open(self.id, self.state)
+        if self._inlet is not None and not self._inlet.is_complete:
+            self._inlet.stop()  # the source has given up on data connections
+            self._inlet = None
         self._deadline.cancel()
         self._streaming = True
         self._move(Event.SEED)
+
+    def expect(self, connections: int) -> Inlet:
+        """Make ready for data connections; `receive` takes each. FailedPrecondition."""
+        if self.state is not State.PENDING:
+            raise _not_open(self.id, self.state)
+        if self._inlet is not None:
+            self._inlet.stop()
+        sizes = [volume.size_bytes for volume in self._plan.volumes]
+        self._inlet = Inlet(self._devices, sizes, connections)
+        return self._inlet
+
+    def receive(self, inlet: Inlet, connection: Connection, index: int) -> None:
+        """Take a data connection; with the last one the stream begins."""
+        if inlet is not self._inlet or self.state is not State.PENDING:
+            raise _not_open(self.id, self.state)
+        inlet.add(connection, index)
+        if inlet.is_complete:
+            self.begin_stream()
+            inlet.run(self.flush, self.end_stream)
 
     async def write(self, frame: memoryview) -> int:
         """Write one frame of the open generation; returns its sequence number."""
@@ -146,6 +171,9 @@ class TargetSession:
                 id=self.id,
                 generation=self._generation,
             )
+        if self._inlet is not None:
+            # Its threads wait for the source: nothing is being written, so this takes no time.
+            self._inlet.join()
         self._close()
         self._move(Event.CUT_OVER)
         self._move(Event.RELEASE)
@@ -201,6 +229,11 @@ class TargetSession:
         async for item in self._digests(volume):
             yield item
 
+    def check(self) -> None:
+        """Raise what ended the session, if anything has."""
+        if self._error is not None:
+            raise self._error
+
     def close(self, error: WarmsyncError) -> None:
         """The agent stops: a session that is not handed over is given up."""
         if not self.state.is_terminal and self.state is not State.CUT_OVER:
@@ -228,11 +261,7 @@ class TargetSession:
     def _check_receiving(self) -> None:
         """Raise why the session was given up, if it was: its devices may be somebody else's now."""
         if self.state not in (State.SEEDING, State.SYNCING):
-            raise self._error or FailedPrecondition(
-                "SESSION_NOT_OPEN",
-                f"the session of migration {self.id} is {self.state}; start a new migration",
-                id=self.id,
-            )
+            raise self._error or _not_open(self.id, self.state)
 
     def _check_sizes(self) -> None:
         for device, volume in zip(self._devices, self._plan.volumes, strict=True):
@@ -257,6 +286,8 @@ class TargetSession:
 
     def _close(self) -> None:
         self._deadline.cancel()
+        if self._inlet is not None:
+            self._inlet.stop()
         for device in self._devices:
             device.close()
 
@@ -264,6 +295,14 @@ class TargetSession:
         state = self._machine.apply(event, time.time(), force=True)
         _log.info("target id=%s state=%s", self.id, state)
         self.bell.ring()
+
+
+def _not_open(name: str, state: State) -> FailedPrecondition:
+    return FailedPrecondition(
+        "SESSION_NOT_OPEN",
+        f"the session of migration {name} is {state}; start a new migration",
+        id=name,
+    )
 
 
 def open_targets(

@@ -60,6 +60,10 @@ def describe(migration: Migration) -> dict[str, Any]:
         "tracker": tracker_name(migration),
         "tracker_reason": migration.tracker_reason,
         "carrier": _short(migration_pb2.Carrier, migration.carrier, "CARRIER_").lower(),
+        "carrier_detail": migration.carrier_detail,
+        "compression": _short(
+            migration_pb2.Compression, migration.compression, "COMPRESSION_"
+        ).lower(),
         "block_size_bytes": migration.block_size_bytes,
         "max_downtime_seconds": migration.max_downtime_seconds,
         "bandwidth_limit_bytes_per_second": migration.bandwidth_limit_bytes_per_second,
@@ -143,7 +147,8 @@ def _facts(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "" if index else "Volumes", f"{volume['source']} -> {volume['target']} ({size})"
     reason = f" ({shown['tracker_reason']})" if shown["tracker_reason"] else ""
     yield "Tracker", shown["tracker"] + reason
-    yield "Carrier", shown["carrier"]
+    detail = f" ({shown['carrier_detail']})" if shown["carrier_detail"] else ""
+    yield "Carrier", shown["carrier"] + detail
     limit = shown["bandwidth_limit_bytes_per_second"]
     yield "Bandwidth limit", format_rate(limit) if limit else "none"
     yield from _measurements(shown)

@@ -43,51 +43,53 @@ struct ws_frame_extent ws_frame_entry(const uint8_t *frame, size_t i) {
     return entry;
 }
 
-static int check_header(const struct ws_frame_header *header, size_t size, struct ws_fault *fault) {
-    uint32_t magic;
+int ws_frame_check_header(const struct ws_frame_header *header, uint16_t kind, bool packing,
+                          struct ws_fault *fault) {
+    uint32_t magic, flags = packing ? header->flags & ~WS_FRAME_ZSTD : header->flags;
     memcpy(&magic, header->magic, sizeof(magic));
     if (memcmp(header->magic, "WSF1", 4) != 0)
         return wrong(fault, -1, "magic", magic, "not", 0x31465357);
     if (header->version != WS_FRAME_VERSION)
         return wrong(fault, -1, "version", header->version, "not", WS_FRAME_VERSION);
-    if (header->kind != WS_FRAME_EXTENTS)
-        return wrong(fault, -1, "kind", header->kind, "not", WS_FRAME_EXTENTS);
-    if (header->flags != 0)
+    if (header->kind != kind)
+        return wrong(fault, -1, "kind", header->kind, "not", kind);
+    if (flags != 0)
         return wrong(fault, -1, "flags", header->flags, "not", 0);
-    if (header->reserved != 0)
-        return wrong(fault, -1, "reserved", header->reserved, "not", 0);
     if (header->extent_count > WS_FRAME_MAX_EXTENTS)
         return wrong(fault, -1, "extent count", header->extent_count, "more than",
                      WS_FRAME_MAX_EXTENTS);
     if (header->payload_bytes > WS_FRAME_MAX_PAYLOAD)
         return wrong(fault, -1, "payload length", header->payload_bytes, "more than",
                      WS_FRAME_MAX_PAYLOAD);
-    size_t said = sizeof(*header) + header->extent_count * sizeof(struct ws_frame_extent) +
-                  header->payload_bytes;
-    return size == said ? 0 : wrong(fault, -1, "frame length", size, "not", said);
+    if (header->flags == 0 && header->packed_bytes != 0)
+        return wrong(fault, -1, "packed length", header->packed_bytes, "not", 0);
+    if (header->flags != 0 && header->packed_bytes >= header->payload_bytes)
+        return wrong(fault, -1, "packed length", header->packed_bytes, "not less than",
+                     header->payload_bytes);
+    if (kind != WS_FRAME_EXTENTS && (header->extent_count | header->payload_bytes) != 0)
+        return wrong(fault, -1, "extent count", header->extent_count, "or a payload, not", 0);
+    return 0;
 }
 
-static int check_sum(const uint8_t *frame, size_t size, const struct ws_frame_header *header,
+static int check_sum(const struct ws_frame_header *header, struct ws_part *parts, size_t count,
                      struct ws_fault *fault) {
     struct ws_frame_header blank = *header;
-    memset(blank.checksum, 0, sizeof(blank.checksum));
-    struct ws_part parts[2] = {{&blank, sizeof(blank)},
-                               {frame + sizeof(blank), size - sizeof(blank)}};
-    uint8_t checksum[WS_DIGEST_BYTES];
-    ws_xxh3_128_parts(parts, 2, checksum);
-    if (memcmp(checksum, header->checksum, sizeof(checksum)) == 0)
+    ws_frame_seal(&blank, parts, count);
+    if (memcmp(blank.checksum, header->checksum, sizeof(blank.checksum)) == 0)
         return 0;
     uint64_t found, wanted;
     memcpy(&found, header->checksum, sizeof(found));
-    memcpy(&wanted, checksum, sizeof(wanted));
+    memcpy(&wanted, blank.checksum, sizeof(wanted));
     return wrong(fault, -1, "checksum", found, "not", wanted);
 }
 
-static int check_table(const uint8_t *frame, const struct ws_frame_header *header,
+/* `table` may stand at any address. */
+static int check_table(const struct ws_frame_header *header, const void *table,
                        struct ws_fault *fault) {
     uint64_t end = 0, data = 0;
     for (size_t i = 0; i < header->extent_count; i++) {
-        struct ws_frame_extent entry = ws_frame_entry(frame, i);
+        struct ws_frame_extent entry;
+        memcpy(&entry, (const uint8_t *)table + i * sizeof(entry), sizeof(entry));
         if (entry.kind < WS_EXTENT_DATA || entry.kind > WS_EXTENT_DISCARD)
             return wrong(fault, (int64_t)i, "kind", entry.kind, "none of 1 to", WS_EXTENT_DISCARD);
         if (entry.reserved != 0)
@@ -103,14 +105,43 @@ static int check_table(const uint8_t *frame, const struct ws_frame_header *heade
     return wrong(fault, -1, "payload length", header->payload_bytes, "not that of all data,", data);
 }
 
+int ws_frame_check_parts(const struct ws_frame_header *header,
+                         const struct ws_frame_extent *table, const uint8_t *payload,
+                         struct ws_fault *fault) {
+    struct ws_part parts[3] = {{NULL, 0},
+                               {table, header->extent_count * sizeof(*table)},
+                               {payload, header->payload_bytes}};
+    if (check_sum(header, parts, 3, fault) != 0)
+        return -1;
+    return check_table(header, table, fault);
+}
+
 int ws_frame_verify(const uint8_t *frame, size_t size, struct ws_frame_header *header,
                     struct ws_fault *fault) {
     if (size < sizeof(*header))
         return wrong(fault, -1, "frame length", size, "less than a header,", sizeof(*header));
     memcpy(header, frame, sizeof(*header));
-    if (check_header(header, size, fault) != 0 || check_sum(frame, size, header, fault) != 0)
+    if (ws_frame_check_header(header, WS_FRAME_EXTENTS, false, fault) != 0)
         return -1;
-    return check_table(frame, header, fault);
+    size_t said = sizeof(*header) + header->extent_count * sizeof(struct ws_frame_extent) +
+                  header->payload_bytes;
+    if (size != said)
+        return wrong(fault, -1, "frame length", size, "not", said);
+    struct ws_part parts[2] = {{NULL, 0}, {frame + sizeof(*header), size - sizeof(*header)}};
+    if (check_sum(header, parts, 2, fault) != 0)
+        return -1;
+    return check_table(header, frame + sizeof(*header), fault);
+}
+
+int ws_extent_fits(const struct ws_frame_extent *entry, uint64_t size_bytes, uint32_t unit,
+                   size_t i, struct ws_fault *fault) {
+    if (check_range(entry->offset, entry->length, 0, size_bytes, i, fault) != 0)
+        return -1;
+    if (entry->offset % unit != 0)
+        return wrong(fault, (int64_t)i, "offset", entry->offset, "no multiple of", unit);
+    if (entry->length % unit != 0 && entry->offset + entry->length != size_bytes)
+        return wrong(fault, (int64_t)i, "length", entry->length, "no multiple of", unit);
+    return 0;
 }
 
 int ws_frame_fits(const uint8_t *frame, uint64_t size_bytes, uint32_t unit,
@@ -119,20 +150,16 @@ int ws_frame_fits(const uint8_t *frame, uint64_t size_bytes, uint32_t unit,
     memcpy(&header, frame, sizeof(header));
     for (size_t i = 0; i < header.extent_count; i++) {
         struct ws_frame_extent entry = ws_frame_entry(frame, i);
-        if (check_range(entry.offset, entry.length, 0, size_bytes, i, fault) != 0)
+        if (ws_extent_fits(&entry, size_bytes, unit, i, fault) != 0)
             return -1;
-        if (entry.offset % unit != 0)
-            return wrong(fault, (int64_t)i, "offset", entry.offset, "no multiple of", unit);
-        if (entry.length % unit != 0 && entry.offset + entry.length != size_bytes)
-            return wrong(fault, (int64_t)i, "length", entry.length, "no multiple of", unit);
     }
     return 0;
 }
 
 /* Discarding is an offer, and what a discarded range reads as is up to the device; where it cannot
  * be done the range is zeroed, so that the bytes do not depend on chance. */
-static int apply_hole(struct ws_device *dev, const struct ws_frame_extent *entry,
-                      struct ws_applied *applied, struct ws_attempt *why) {
+int ws_frame_apply_hole(struct ws_device *dev, const struct ws_frame_extent *entry,
+                        struct ws_applied *applied, struct ws_attempt *why) {
     if (entry->kind == WS_EXTENT_ZERO) {
         applied->zero_bytes += entry->length;
         return ws_dev_write_end(dev, NULL, entry->offset, entry->length, why);
@@ -168,7 +195,7 @@ int ws_frame_apply(struct ws_device *dev, const uint8_t *frame, void *scratch,
     for (size_t i = 0; rc == 0 && i < header.extent_count;) {
         struct ws_frame_extent entry = ws_frame_entry(frame, i);
         if (entry.kind != WS_EXTENT_DATA) {
-            rc = apply_hole(dev, &entry, applied, why);
+            rc = ws_frame_apply_hole(dev, &entry, applied, why);
             i++;
             continue;
         }

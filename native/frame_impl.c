@@ -90,6 +90,15 @@ static void copy_payload(const struct ws_frame_plan *plan, const uint8_t *data, 
     }
 }
 
+/* parts[0] is the header's. */
+void ws_frame_seal(struct ws_frame_header *header, struct ws_part *parts, size_t count) {
+    uint8_t checksum[WS_DIGEST_BYTES];
+    memset(header->checksum, 0, sizeof(header->checksum));
+    parts[0] = (struct ws_part){header, sizeof(*header)};
+    ws_xxh3_128_parts(parts, count, checksum);
+    memcpy(header->checksum, checksum, sizeof(checksum));
+}
+
 void ws_frame_build(const struct ws_frame_plan *plan, const struct ws_frame_header *header,
                     const uint8_t *data, uint8_t *out) {
     size_t table_bytes = plan->count * sizeof(struct ws_frame_extent);
@@ -104,10 +113,8 @@ void ws_frame_build(const struct ws_frame_plan *plan, const struct ws_frame_head
     memcpy(out + sizeof(head), plan->table, table_bytes);
     if (plan->payload_bytes > 0)
         copy_payload(plan, data, out + sizeof(head) + table_bytes);
-    struct ws_part parts[2] = {{&head, sizeof(head)},
+    struct ws_part parts[2] = {{NULL, 0},
                                {out + sizeof(head), table_bytes + plan->payload_bytes}};
-    uint8_t checksum[WS_DIGEST_BYTES];
-    ws_xxh3_128_parts(parts, 2, checksum);
-    memcpy(head.checksum, checksum, sizeof(checksum));
+    ws_frame_seal(&head, parts, 2);
     memcpy(out, &head, sizeof(head));
 }

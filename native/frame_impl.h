@@ -2,7 +2,8 @@
  *
  * Little endian, without padding: header, table of extents, payload of the DATA extents one after
  * the other. The table ascends and its extents do not overlap. The checksum is XXH3-128 (canonical)
- * of the header with this field zero, the table and the payload. Nothing here needs the GIL. */
+ * of the header with this field zero, the table and the payload (before compression). Nothing here
+ * needs the GIL. */
 #ifndef WARMSYNC_FRAME_IMPL_H
 #define WARMSYNC_FRAME_IMPL_H
 
@@ -10,7 +11,12 @@
 #include "chunk_impl.h"
 
 #define WS_FRAME_VERSION 1
-#define WS_FRAME_EXTENTS 1 /* the only kind of frame so far */
+/* Kinds of frames. The last two have no extents, and travel on the tcp carrier only. */
+#define WS_FRAME_EXTENTS 1
+#define WS_FRAME_END 2 /* of a round; `sequence` frames went before it on this connection */
+#define WS_FRAME_ACK 3 /* the other way: the round is durable; `sequence`: ns of the flush */
+/* Flags. */
+#define WS_FRAME_ZSTD 1u /* the payload is compressed; on the tcp carrier only */
 #define WS_FRAME_MAX_PAYLOAD (1u << 20)
 #define WS_FRAME_MAX_EXTENTS 4096u
 #define WS_FRAME_MAX_BYTES                                                                         \
@@ -31,8 +37,8 @@ struct ws_frame_header {
     uint64_t generation;
     uint64_t sequence;
     uint32_t payload_bytes;
-    uint32_t flags;    /* 0 */
-    uint64_t reserved; /* 0 */
+    uint32_t flags;
+    uint64_t packed_bytes; /* what a compressed payload takes; else 0 */
     uint8_t checksum[WS_DIGEST_BYTES];
 };
 
@@ -88,9 +94,25 @@ void ws_frame_build(const struct ws_frame_plan *plan, const struct ws_frame_head
 int ws_frame_verify(const uint8_t *frame, size_t size, struct ws_frame_header *header,
                     struct ws_fault *fault);
 
+/* The same of a frame in parts: first its header, which says how much there is to come (`packing`:
+ * may the payload be compressed?), then, when all is there, the rest; the payload is as it was before
+ * it was compressed. */
+int ws_frame_check_header(const struct ws_frame_header *header, uint16_t kind, bool packing,
+                          struct ws_fault *fault);
+int ws_frame_check_parts(const struct ws_frame_header *header,
+                         const struct ws_frame_extent *table, const uint8_t *payload,
+                         struct ws_fault *fault);
+
+/* Fill in the checksum: of the header, for which parts[0] is kept free, and of table and payload. */
+void ws_frame_seal(struct ws_frame_header *header, struct ws_part *parts, size_t count);
+
 /* Verify that each extent of a verified frame lies within `size_bytes` and on borders of `unit`;
  * the end of the volume is as good as a border. */
 int ws_frame_fits(const uint8_t *frame, uint64_t size_bytes, uint32_t unit, struct ws_fault *fault);
+
+/* The same for one extent, the i-th. */
+int ws_extent_fits(const struct ws_frame_extent *entry, uint64_t size_bytes, uint32_t unit,
+                   size_t i, struct ws_fault *fault);
 
 /* Entry i of a frame's table; the frame may stand at any address. */
 struct ws_frame_extent ws_frame_entry(const uint8_t *frame, size_t i);
@@ -100,6 +122,10 @@ struct ws_applied {
     uint64_t zero_bytes;
     uint64_t discard_bytes;
 };
+
+/* Zero or discard a range. */
+int ws_frame_apply_hole(struct ws_device *dev, const struct ws_frame_extent *entry,
+                        struct ws_applied *applied, struct ws_attempt *why);
 
 /* Write a verified frame that fits. `scratch` holds its payload and is aligned to 4096. */
 int ws_frame_apply(struct ws_device *dev, const uint8_t *frame, void *scratch,

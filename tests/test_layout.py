@@ -45,6 +45,7 @@ FLOORS = {
     "agent.writer": 4,
     # Ends.
     "agent.cutover": 5,
+    "agent.inlet": 5,
     "agent.registry": 5,
     "agent.sender": 5,
     "agent.source": 5,
@@ -72,6 +73,7 @@ NEIGHBOURS = {
     "agent.peer": {"agent.carrier"},
     "agent.cutover": {"agent.sender"},
     "agent.registry": {"agent.sender", "agent.source", "agent.target"},
+    "agent.target": {"agent.inlet"},
     "agent.source": {"agent.cutover", "agent.sender", "agent.verify"},
     "agent.verify": {"agent.sender"},
     "agent.__main__": {"agent.cli"},

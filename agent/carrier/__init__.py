@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from agent.migration import CarrierKind
+from native.bitmap import DirtyBitmap
+from native.blockio import BlockDevice
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class CarrierRequest:
+    """What a source wants of a carrier; `digests` are the tables that its reads must fill."""
+
+    devices: Sequence[BlockDevice]
+    digests: Sequence[Buffer | None]
+    kind: CarrierKind = CarrierKind.AUTO
+    connections: int = 4
+    compress: bool = False
 
 
 class Carrier(Protocol):
@@ -14,6 +34,10 @@ class Carrier(Protocol):
     @property
     def name(self) -> str:
         """What it is called: grpc or tcp."""
+
+    @property
+    def detail(self) -> str:
+        """How it travels, or why it was chosen; one line for the operator."""
 
     def check(self) -> None:
         """Raise if the stream is known to be lost: an idle migration would not notice otherwise."""
@@ -29,3 +53,25 @@ class Carrier(Protocol):
 
     async def close(self) -> None:
         """End the stream. Safe to call twice."""
+
+
+@runtime_checkable
+class BulkCarrier(Carrier, Protocol):
+    """A carrier that reads and sends by itself what is marked, on native threads."""
+
+    async def send_marked(
+        self,
+        jobs: Sequence[tuple[int, DirtyBitmap]],
+        generation: int,
+        tick: Callable[[int, int], None],
+    ) -> None:
+        """Read and send the marks of (volume, marks), which must not change meanwhile.
+
+        `tick(done_bytes, wire_bytes)` tells now and then, and at the end, what has been added.
+        """
+
+    def limit(self, bytes_per_second: int) -> None:
+        """Send at most so much (0: no limit), from now on."""
+
+    def pause(self, paused: bool) -> None:
+        """Stop reading and sending, or go on."""

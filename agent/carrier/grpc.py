@@ -38,7 +38,9 @@ class GrpcCarrier:
         channel: grpc.aio.Channel,
         token: str,
         decode: Callable[[grpc.aio.AioRpcError], WarmsyncError],
+        detail: str = "",
     ) -> None:
+        self.detail = detail
         transfer = channel.stream_stream(
             TRANSFER,
             request_serializer=encode,

@@ -23,6 +23,8 @@ TRACKERS = {
     "qemu": pb.TRACKER_QEMU,
     "scan": pb.TRACKER_SCAN,
 }
+CARRIERS = {"auto": pb.CARRIER_UNSPECIFIED, "tcp": pb.CARRIER_TCP, "grpc": pb.CARRIER_GRPC}
+COMPRESSIONS = {"none": pb.COMPRESSION_NONE, "zstd": pb.COMPRESSION_ZSTD}
 
 
 @click.command()
@@ -59,6 +61,20 @@ TRACKERS = {
 )
 @click.option(
     "--block-size", type=SIZE, default=None, metavar="SIZE", help="Unit of tracking, such as 4K."
+)
+@click.option(
+    "--carrier",
+    type=click.Choice(list(CARRIERS)),
+    default="auto",
+    show_default=True,
+    help="How data travels: tcp needs the peer's data port, grpc is slower. auto: tcp if it can be.",
+)
+@click.option(
+    "--compression",
+    type=click.Choice(list(COMPRESSIONS)),
+    default="none",
+    show_default=True,
+    help="zstd, for slow links: frames that gain time by it are compressed (carrier tcp).",
 )
 @click.option(
     "--wait",
@@ -132,6 +148,8 @@ def _message(
     max_downtime: float | None,
     bandwidth_limit: int,
     block_size: int | None,
+    carrier: str,
+    compression: str,
 ) -> pb.Migration:
     # 0 means "the default" to the agent; a budget or block size of zero is a mistake of the caller.
     if max_downtime == 0:
@@ -145,6 +163,8 @@ def _message(
         max_downtime_seconds=max_downtime,
         bandwidth_limit_bytes_per_second=bandwidth_limit,
         block_size_bytes=block_size or 0,
+        carrier=CARRIERS[carrier],
+        compression=COMPRESSIONS[compression],
     )
 
 

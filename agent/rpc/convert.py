@@ -6,7 +6,16 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from warmsync.v1 import migration_pb2, migration_service_pb2
 
 from agent.errors import InvalidArgument
-from agent.migration import Comparison, Migration, Plan, Progress, Role, Scheme, Volume
+from agent.migration import (
+    CarrierKind,
+    Comparison,
+    Migration,
+    Plan,
+    Progress,
+    Role,
+    Scheme,
+    Volume,
+)
 from agent.rpc.errors import to_status
 
 DEFAULT_BLOCK_BYTES = 4096
@@ -22,6 +31,11 @@ _SCHEMES = {
 }
 _TRACKERS = {scheme: number for number, scheme in _SCHEMES.items()}
 _CARRIERS = {"grpc": migration_pb2.CARRIER_GRPC, "tcp": migration_pb2.CARRIER_TCP}
+_CARRIER_KINDS = {
+    migration_pb2.CARRIER_UNSPECIFIED: CarrierKind.AUTO,
+    migration_pb2.CARRIER_GRPC: CarrierKind.GRPC,
+    migration_pb2.CARRIER_TCP: CarrierKind.TCP,
+}
 _STATES: dict[str, migration_pb2.State] = {
     value.name.removeprefix("STATE_"): getattr(migration_pb2, value.name)
     for value in migration_pb2.State.DESCRIPTOR.values
@@ -46,6 +60,11 @@ def to_plan(request: migration_service_pb2.CreateMigrationRequest, chosen_id: st
         raise InvalidArgument(
             "INVALID_TRACKER", f"there is no tracker {wanted.tracker}; use auto, ebpf or scan"
         )
+    carrier = _CARRIER_KINDS.get(wanted.carrier)
+    if carrier is None:
+        raise InvalidArgument(
+            "INVALID_CARRIER", f"there is no carrier {wanted.carrier}; use auto, tcp or grpc"
+        )
     return Plan(
         id=request.migration_id or chosen_id,
         peer=wanted.peer,
@@ -57,6 +76,8 @@ def to_plan(request: migration_service_pb2.CreateMigrationRequest, chosen_id: st
         if wanted.HasField("max_downtime_seconds")
         else DEFAULT_DOWNTIME_SECONDS,
         limit_bytes_per_second=wanted.bandwidth_limit_bytes_per_second,
+        carrier=carrier,
+        compress=wanted.compression == migration_pb2.COMPRESSION_ZSTD,
     )
 
 
@@ -82,6 +103,10 @@ def to_message(migration: Migration) -> migration_pb2.Migration:
         create_time=history[0].time,
         update_time=history[-1].time,
         incomplete=migration.incomplete,
+        carrier_detail=migration.carrier_detail,
+        compression=migration_pb2.COMPRESSION_ZSTD
+        if plan.compress
+        else migration_pb2.COMPRESSION_NONE,
     )
     if migration.scheme is not None:
         message.tracker = _TRACKERS[migration.scheme]

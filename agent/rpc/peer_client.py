@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 
 import grpc.aio
 from warmsync.v1 import peer_service_pb2 as pb
 from warmsync.v1.peer_service_pb2_grpc import PeerServiceStub
 
-from agent.carrier import Carrier
+from agent.address import parse_address
+from agent.carrier import Carrier, CarrierRequest
 from agent.carrier.grpc import GrpcCarrier
-from agent.migration import Identity, Volume
+from agent.carrier.tcp import Offer, connect
+from agent.errors import FailedPrecondition, Unavailable
+from agent.migration import CarrierKind, Identity, Volume
 from agent.peer import SessionRequest
 from agent.rpc.errors import calling, from_rpc_error
 
+_log = logging.getLogger(__name__)
+
+NO_DATA_CONNECTION = frozenset({"CARRIER_UNAVAILABLE", "DATA_PORT_UNREACHABLE"})
+"""Reasons for which `auto` falls back to grpc."""
+
+EXPLAIN_SECONDS = 5.0
 CALL_SECONDS = 30.0
 """Opening includes claiming devices; the release a last flush: still quick."""
 
@@ -21,8 +31,9 @@ CALL_SECONDS = 30.0
 class PeerClient:
     """A connection to one target agent."""
 
-    def __init__(self, channel: grpc.aio.Channel, address: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, address: str, *, tls: bool = False) -> None:
         self._channel = channel
+        self._tls = tls
         self._address = address
         self._stub = PeerServiceStub(channel)
 
@@ -46,13 +57,45 @@ class PeerClient:
             answer = await self._stub.OpenSession(message, timeout=CALL_SECONDS)
         return str(answer.session_token)
 
-    async def open_carrier(self, token: str) -> Carrier:
+    async def open_carrier(self, token: str, request: CarrierRequest) -> Carrier:
         """See `agent.peer.Peer`."""
+        if request.kind is CarrierKind.GRPC:
+            return await self._open_grpc(token, "as asked for")
+        try:
+            offer = await self._ask_for_connections(token, request.connections)
+            return await connect(offer, request, lambda: self._check_session(token))
+        except (FailedPrecondition, Unavailable) as error:
+            if request.kind is CarrierKind.TCP or error.reason not in NO_DATA_CONNECTION:
+                raise
+            _log.warning('carrier tcp cannot be used, grpc instead reason="%s"', error)
+            return await self._open_grpc(token, f"{error.reason}: {error}")
+
+    async def _open_grpc(self, token: str, detail: str) -> Carrier:
         carrier = GrpcCarrier(
-            self._channel, token, lambda error: from_rpc_error(error, self._address)
+            self._channel, token, lambda error: from_rpc_error(error, self._address), detail
         )
         await carrier.open()
         return carrier
+
+    async def _ask_for_connections(self, token: str, connections: int) -> Offer:
+        request = pb.OpenTransferRequest(session_token=token, connections=connections)
+        with calling(self._address):
+            answer = await self._stub.OpenTransfer(request, timeout=CALL_SECONDS)
+        if answer.tls != self._tls:
+            raise FailedPrecondition(
+                "TLS_MISMATCH",
+                f"the target at {self._address} offers data connections "
+                f"{'with' if answer.tls else 'without'} TLS, unlike its port for calls; "
+                "check what listens there",
+            )
+        host = parse_address(self._address).host
+        return Offer(host, answer.port, answer.tls, tuple(answer.tokens))
+
+    async def _check_session(self, token: str) -> None:
+        with calling(self._address):
+            await self._stub.CheckSession(
+                pb.CheckSessionRequest(session_token=token), timeout=EXPLAIN_SECONDS
+            )
 
     async def digests(self, token: str, volume: int) -> AsyncIterator[tuple[int, bytes]]:
         """See `agent.peer.Peer`."""

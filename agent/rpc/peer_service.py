@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import grpc
@@ -16,7 +17,7 @@ from warmsync.v1 import peer_service_pb2_grpc
 
 from agent.carrier.grpc import WINDOW_FRAMES
 from agent.carrier.wire import decode
-from agent.errors import DataLoss, InvalidArgument, WarmsyncError
+from agent.errors import DataLoss, FailedPrecondition, InvalidArgument, WarmsyncError
 from agent.migration import Identity, Volume
 from agent.peer import SessionRequest
 from agent.registry import Registry
@@ -60,6 +61,29 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
             await asyncio.wait([feeder])
             _ = feeder.cancelled() or feeder.exception()  # seen: nothing is left to be told
             session.end_stream(failure)
+
+    async def OpenTransfer(
+        self, request: pb.OpenTransferRequest, context: Any
+    ) -> pb.OpenTransferResponse:
+        """Hand out tokens for data connections."""
+        session, port = self._registry.session(request.session_token), self._registry.data_port
+        if port is None:
+            raise FailedPrecondition(
+                "CARRIER_UNAVAILABLE",
+                "the target takes no data connections (transfer.data_port is -1, or it listens on a "
+                "unix socket); use --carrier grpc",
+            )
+        count = min(max(request.connections, 1), self._registry.config.transfer.connections)
+        inlet = session.expect(count)
+        tokens = port.expect(partial(session.receive, inlet), count)
+        return pb.OpenTransferResponse(port=port.port, tls=port.tls, tokens=tokens)
+
+    async def CheckSession(
+        self, request: pb.CheckSessionRequest, context: Any
+    ) -> pb.CheckSessionResponse:
+        """Fail with what ended the session."""
+        self._registry.session(request.session_token).check()
+        return pb.CheckSessionResponse()
 
     async def DigestVolume(
         self, request: pb.DigestVolumeRequest, context: Any

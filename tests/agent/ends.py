@@ -14,7 +14,7 @@ import pytest
 
 from agent import disk as disk_module
 from agent.bell import Bell
-from agent.carrier import Carrier
+from agent.carrier import Carrier, CarrierRequest
 from agent.disk import SourceDisk, open_source
 from agent.errors import WarmsyncError
 from agent.migration import Plan, Scheme, Volume
@@ -36,6 +36,7 @@ class FakeCarrier:
     """Applies frames to image files. `events` is what happened, in order."""
 
     name = "grpc"
+    detail = ""
 
     def __init__(self, targets: list[Path]) -> None:
         self.devices = [BlockDevice(str(path), writable=True) for path in targets]
@@ -109,7 +110,7 @@ class FakePeer:
         await self._answer("open_session")
         return "token"
 
-    async def open_carrier(self, token: str) -> Carrier:
+    async def open_carrier(self, token: str, request: CarrierRequest) -> Carrier:
         await self._answer("open_carrier")
         return self.carrier
 

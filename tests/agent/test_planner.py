@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agent import planner
 from agent.extent import pairs
-from agent.planner import MAX_EXTENTS, Batch, plan_dirty, plan_seed
+from agent.planner import MAX_EXTENTS, Batch, plan_dirty, plan_holes
 from native.bitmap import DirtyBitmap
 from native.frame import MAX_PAYLOAD_BYTES, zeros
 
@@ -78,16 +78,14 @@ def test_short_gaps_are_bridged(marked: set[int], gap: int) -> None:
 
 
 @given(blocks)
-def test_a_seed_is_data_then_holes_and_the_whole(data: set[int]) -> None:
+def test_data_and_holes_are_the_whole(data: set[int]) -> None:
     with (
         patch.object(planner, "_HOLE_BYTES", 16 * BLOCK),
         patch.object(planner, "_HOLES_A_FRAME", 3),
     ):
-        batches = list(plan_seed(1, bitmap_of(data)))
-    holes = [batch for batch in batches if batch.hole]
-    assert batches == [batch for batch in batches if not batch.hole] + holes
+        holes = list(plan_holes(1, bitmap_of(data)))
+    assert all(batch.hole for batch in holes)
     assert set(blocks_of(holes)) == set(range(BLOCKS)) - data
-    assert set(blocks_of(batches)) == set(range(BLOCKS))
     assert all(len(batch.extents) // 2 <= 3 for batch in holes)
     assert sum(batch.size_bytes for batch in holes) == SIZE - bytes_in(sorted(data))
     for batch in holes:
@@ -96,8 +94,7 @@ def test_a_seed_is_data_then_holes_and_the_whole(data: set[int]) -> None:
 
 def test_nothing_and_everything() -> None:
     assert list(plan_dirty(0, bitmap_of(set()))) == []
-    whole = list(plan_seed(0, bitmap_of(set(range(BLOCKS)))))
-    assert not any(batch.hole for batch in whole)
-    (empty,) = plan_seed(0, bitmap_of(set()))
+    assert list(plan_holes(0, bitmap_of(set(range(BLOCKS))))) == []
+    (empty,) = plan_holes(0, bitmap_of(set()))
     assert empty.hole
     assert empty.size_bytes == SIZE

@@ -14,7 +14,7 @@ import pytest
 
 from agent.ahead import run_ahead
 from agent.errors import DataLoss
-from agent.planner import Batch, plan_dirty, plan_seed
+from agent.planner import Batch, plan_dirty, plan_holes
 from agent.reader import Reader, ReadVolume
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
@@ -79,7 +79,7 @@ def test_holes_are_not_read(tmp_path: Path, threads: ThreadPoolExecutor, pool: B
     path.write_bytes(b"data that only looks like a hole to the plan".ljust(SIZE, b"."))
 
     async def main() -> None:
-        seed = plan_seed(0, DirtyBitmap(SIZE))
+        seed = plan_holes(0, DirtyBitmap(SIZE))
         async for _, frame in reader(BlockDevice(str(path)), threads, pool).frames(seed, 1):
             assert [kind for _, _, kind in extents(frame)] == [ZERO]
 

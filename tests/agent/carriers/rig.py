@@ -12,10 +12,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import trustme
+
 from agent.bell import Bell
-from agent.carrier import Carrier
-from agent.config import AgentConfig
-from agent.migration import PROTOCOL_VERSION, Volume
+from agent.carrier import Carrier, CarrierRequest
+from agent.carrier.port import DataPort
+from agent.config import AgentConfig, TlsConfig
+from agent.migration import PROTOCOL_VERSION, CarrierKind, Volume
 from agent.peer import Peer, SessionRequest
 from agent.registry import Registry
 from agent.rpc.client import open_channel
@@ -27,7 +30,7 @@ from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
 from native.frame import gather
 
-CARRIERS = ("grpc",)
+CARRIERS = ("grpc", "tcp", "tcp-tls")
 """Every carrier joins here and in `Rig.open_carrier`."""
 
 BLOCK = 4096
@@ -49,9 +52,19 @@ class Rig:
     def session(self) -> TargetSession:
         return self.registry.session(self.token)
 
-    async def open_carrier(self, token: str | None = None) -> Carrier:
-        assert self.kind == "grpc"
-        return await self.peer.open_carrier(self.token if token is None else token)
+    async def open_carrier(
+        self, token: str | None = None, *, source: Path | None = None, compress: bool = False
+    ) -> Carrier:
+        """Open a carrier. What `send_marked` reads is `source`, for each volume."""
+        sources = [source or target for target in self.targets]
+        request = CarrierRequest(
+            devices=[BlockDevice(str(path)) for path in sources],
+            digests=[None for _ in sources],
+            kind=CarrierKind(self.kind.partition("-")[0]),
+            connections=3,
+            compress=compress,
+        )
+        return await self.peer.open_carrier(self.token if token is None else token, request)
 
 
 @asynccontextmanager
@@ -63,9 +76,12 @@ async def rig(kind: str, directory: Path, targets: list[Path]) -> AsyncIterator[
     )
     registry = Registry(config, _no_peer)
     service = Service("warmsync.v1.PeerService", lambda s: register(PeerServicer(registry), s))
-    server = await start_server("127.0.0.1:0", [service])
-    address = str(server.address)
-    peer = PeerClient(open_channel(address), address)
+    tls = certificates(directory) if kind == "tcp-tls" else TlsConfig()
+    server = await start_server("127.0.0.1:0", [service], tls)
+    address = f"localhost:{server.address.port}"
+    peer = PeerClient(open_channel(address, tls), address, tls=tls.is_on)
+    registry.data_port = DataPort(tls=tls.is_on)
+    registry.data_port.listen("127.0.0.1", 0)
     try:
         token = await peer.open_session(request(targets))
         yield Rig(kind, registry, server, peer, token, targets)
@@ -73,6 +89,18 @@ async def rig(kind: str, directory: Path, targets: list[Path]) -> AsyncIterator[
         await peer.close()
         await server.stop(0)
         await registry.close()
+        await registry.data_port.close()
+
+
+def certificates(directory: Path) -> TlsConfig:
+    """Return files of one agent that is its own controller and peer."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost", "127.0.0.1")
+    files = TlsConfig(*(str(directory / name) for name in ("cert.pem", "key.pem", "ca.pem")))
+    issued.cert_chain_pems[0].write_to_path(files.cert)
+    issued.private_key_pem.write_to_path(files.key)
+    authority.cert_pem.write_to_path(files.ca)
+    return files
 
 
 def request(targets: list[Path], **changes: object) -> SessionRequest:
