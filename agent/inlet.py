@@ -14,7 +14,14 @@ from agent.device import io_error
 from agent.errors import DataLoss, Unavailable, WarmsyncError
 from native.blockio import BlockDevice
 from native.frame import FrameError
-from native.stream import Connection, ConnectionLost, Receiver, Stopped
+from native.stream import (
+    Connection,
+    ConnectionLost,
+    FramesMissing,
+    Receiver,
+    Stopped,
+    WrongGeneration,
+)
 
 Flush = Callable[[int], Awaitable[float]]
 """Makes a generation durable; returns seconds. Raises the domain's errors."""
@@ -60,6 +67,14 @@ class Inlet:
         """Stop, and wait until nothing is being written and the devices are given back."""
         self._receiver.join()
 
+    async def ended(self) -> None:
+        """Stop, and wait for the same without holding up the event loop. Safe to call twice."""
+        self.stop()
+        if self._task is None:
+            await asyncio.to_thread(self._receiver.join)
+        else:
+            await asyncio.wait([self._task])
+
     async def _serve(self, flush: Flush, end: Callable[[WarmsyncError | None], None]) -> None:
         failure: WarmsyncError | None = None
         try:
@@ -84,6 +99,10 @@ class Inlet:
 
 
 def _domain_error(error: Exception) -> WarmsyncError:
+    if isinstance(error, WrongGeneration):
+        return DataLoss("WRONG_GENERATION", f"{error}; start a new migration")
+    if isinstance(error, FramesMissing):
+        return DataLoss("FRAMES_MISSING", f"{error}; check the network and start a new migration")
     if isinstance(error, FrameError):
         return DataLoss(
             "BAD_FRAME",

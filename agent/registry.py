@@ -219,6 +219,7 @@ class Registry:
         await asyncio.gather(*(source.close(stopping) for source in self._sources.values()))
         for session in self._targets.values():
             session.close(stopping)
+        await asyncio.gather(*(session.ended() for session in self._targets.values()))
         await asyncio.to_thread(self._threads.shutdown)
         self._pool.close()
         with suppress(OSError):  # never made, or not empty: then the next start tidies up

@@ -239,6 +239,11 @@ class TargetSession:
         if not self.state.is_terminal and self.state is not State.CUT_OVER:
             self._fail(error)
 
+    async def ended(self) -> None:
+        """Wait until nothing is being written any more, after `close`."""
+        if self._inlet is not None:
+            await self._inlet.ended()
+
     async def _digests(self, volume: int) -> AsyncGenerator[tuple[int, bytes], None]:
         spec = self._plan.volumes[volume]
         device = await asyncio.get_running_loop().run_in_executor(

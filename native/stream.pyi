@@ -9,6 +9,7 @@ from typing_extensions import Buffer
 
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
+from native.frame import FrameError
 
 TOKEN_BYTES: int
 """A token: a name (TOKEN_ID_BYTES, no secret) and a secret."""
@@ -16,10 +17,16 @@ TOKEN_ID_BYTES: int
 MAX_CONNECTIONS: int
 MAX_VOLUMES: int
 
-class ConnectionLost(ConnectionError):
+class ConnectionLost(ConnectionError):  # noqa: N818
     """A connection that could not be made, or has ended; errno is 0 for an orderly end."""
 
-class Stopped(Exception):
+class WrongGeneration(FrameError):  # noqa: N818
+    """A round of another generation than the open one has ended."""
+
+class FramesMissing(FrameError):  # noqa: N818
+    """A round has ended of which fewer frames have arrived than were sent."""
+
+class Stopped(Exception):  # noqa: N818
     """The call was ended by `stop`."""
 
 class Tokens:
@@ -34,9 +41,9 @@ class Tokens:
 class Connection:
     """A connected socket on which a token was shown and taken.
 
-    Both makers take the descriptor over, whatever comes of it, wait at most `timeout_seconds` in all,
-    and raise ConnectionLost with the reason. `tls`: TLS 1.3 with the token as pre-shared key; `ktls`
-    lets the kernel encrypt where it can.
+    Both makers take the descriptor over, whatever comes of it, wait at most `timeout_seconds` in
+    all, and raise ConnectionLost with the reason. `tls`: TLS 1.3 with the token as pre-shared key;
+    `ktls` lets the kernel encrypt where it can.
     """
 
     @staticmethod
@@ -84,7 +91,7 @@ class Sender:
         compress: bool = False,
     ) -> None: ...
     def tune(self, *, frame_bytes: int, gap_bytes: int, nice: int) -> None:
-        """Set the payload of frames, the clean gaps that are sent too, and the threads' niceness."""
+        """Set the payload of frames, the clean gaps that are sent too, the threads' niceness."""
     def send(self, jobs: Iterable[tuple[int, DirtyBitmap]], generation: int) -> None:
         """Read and send all that is marked in (volume, marks), one thread a connection.
 
@@ -130,8 +137,8 @@ class Receiver:
     def wait(self) -> None:
         """Return once a round has ended on all connections: all of it is written.
 
-        Raises what ended the session: FrameError, OSError with the device's name, ConnectionLost,
-        Stopped.
+        Raises what ended the session: FrameError and its kinds, OSError with the device's name,
+        ConnectionLost, Stopped.
         """
     def acknowledge(self, flush_seconds: float) -> None:
         """Tell the source that the round is durable; the next generation is open."""

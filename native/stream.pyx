@@ -29,7 +29,8 @@ cdef extern from "stream_impl.h" nogil:
         WS_READ_FAILED
         WS_WRITE_FAILED
         WS_BAD_FRAME
-        WS_BAD_PLACE
+        WS_BAD_TURN
+        WS_MISSING
         WS_LOST
         WS_STOPPED
         WS_NO_MEMORY
@@ -120,6 +121,14 @@ class ConnectionLost(ConnectionError):  # noqa: N818
     """A connection that could not be made, or has ended."""
 
 
+class WrongGeneration(FrameError):
+    """A round of another generation than the open one has ended."""
+
+
+class FramesMissing(FrameError):
+    """A round has ended of which fewer frames have arrived than were sent."""
+
+
 class Stopped(Exception):  # noqa: N818
     """The call was ended by `stop`."""
 
@@ -128,19 +137,21 @@ cdef object lost(const ws_loss *loss):
     return ConnectionLost(loss.error, (<bytes>loss.text).decode("utf-8", "replace"))
 
 
-cdef object fault_error(const ws_fault *fault):
+cdef str fault_text(const ws_fault *fault):
     place = "" if fault.index < 0 else f"extent {fault.index}: "
-    return FrameError(
-        f"{place}{fault.field.decode()} is {fault.found}, {fault.rule.decode()} {fault.wanted}"
-    )
+    return f"{place}{fault.field.decode()} is {fault.found}, {fault.rule.decode()} {fault.wanted}"
 
 
 cdef object error_of(const ws_outcome *outcome, tuple devices):
     """Return what an outcome is raised as; `devices` are those of its volumes."""
     if outcome.failure in (WS_READ_FAILED, WS_WRITE_FAILED):
         return (<BlockDevice>devices[outcome.volume]).failure(outcome.rc, &outcome.why)
-    if outcome.failure in (WS_BAD_FRAME, WS_BAD_PLACE):
-        return fault_error(&outcome.fault)
+    if outcome.failure == WS_BAD_FRAME:
+        return FrameError(fault_text(&outcome.fault))
+    if outcome.failure == WS_BAD_TURN:
+        return WrongGeneration(fault_text(&outcome.fault))
+    if outcome.failure == WS_MISSING:
+        return FramesMissing(fault_text(&outcome.fault))
     if outcome.failure == WS_LOST:
         return lost(&outcome.loss)
     if outcome.failure == WS_NO_MEMORY:

@@ -145,7 +145,8 @@ enum ws_failure {
     WS_READ_FAILED,  /* `rc`, `why`, `volume` */
     WS_WRITE_FAILED, /* the same */
     WS_BAD_FRAME,    /* `fault` */
-    WS_BAD_PLACE,    /* of a frame: `what` is not what is wanted */
+    WS_BAD_TURN,     /* the same: a round of another generation has ended */
+    WS_MISSING,      /* the same: fewer frames have arrived than were sent */
     WS_LOST,         /* `loss` */
     WS_STOPPED,
     WS_NO_MEMORY,

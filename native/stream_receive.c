@@ -94,7 +94,7 @@ static bool is_open(struct ws_receiver *receiver, uint64_t generation, struct ws
     pthread_mutex_unlock(&receiver->lock);
     if (generation == wanted)
         return true;
-    outcome->failure = WS_BAD_PLACE;
+    outcome->failure = WS_BAD_FRAME;
     outcome->fault = (struct ws_fault){"generation", "not", generation, wanted, -1};
     return false;
 }
@@ -106,13 +106,6 @@ static int lost(struct ws_outcome *outcome) {
 
 static int bad_frame(struct ws_outcome *outcome) {
     outcome->failure = WS_BAD_FRAME;
-    return -1;
-}
-
-static int bad_place(struct ws_outcome *outcome, const char *field, uint64_t found,
-                     uint64_t wanted) {
-    outcome->failure = WS_BAD_PLACE;
-    outcome->fault = (struct ws_fault){field, "not", found, wanted, -1};
     return -1;
 }
 
@@ -149,8 +142,11 @@ static int receive_rest(struct lane *lane, struct ws_outcome *outcome) {
 
 static int check_place(struct lane *lane, struct ws_outcome *outcome) {
     struct ws_receiver *receiver = lane->receiver;
-    if (lane->head.volume >= receiver->sink_count)
-        return bad_place(outcome, "volume", lane->head.volume, receiver->sink_count - 1);
+    if (lane->head.volume >= receiver->sink_count) {
+        outcome->fault = (struct ws_fault){"volume", "more than", lane->head.volume,
+                                           receiver->sink_count - 1, -1};
+        return bad_frame(outcome);
+    }
     if (!is_open(receiver, lane->head.generation, outcome))
         return -1;
     const struct ws_sink *sink = &receiver->sinks[lane->head.volume];
@@ -235,9 +231,12 @@ static int end_round(struct lane *lane, struct ws_outcome *outcome) {
     if (ws_frame_check_parts(&lane->head, lane->table, lane->payload, &outcome->fault) != 0)
         return bad_frame(outcome);
     if (!is_open(receiver, generation, outcome))
-        return -1;
-    if (lane->head.sequence != lane->frames)
-        return bad_place(outcome, "count of frames", lane->frames, lane->head.sequence);
+        return failed(outcome, WS_BAD_TURN);
+    if (lane->head.sequence != lane->frames) {
+        outcome->fault =
+            (struct ws_fault){"number of frames", "not", lane->frames, lane->head.sequence, -1};
+        return failed(outcome, WS_MISSING);
+    }
     lane->frames = 0;
     pthread_mutex_lock(&receiver->lock);
     receiver->ended++;

@@ -38,7 +38,7 @@ class _Expected:
 
 
 class DataPort:
-    """Lets data connections in. `receive(connection, index)` is called for each that was expected."""
+    """Lets data connections in; calls `receive(connection, index)` for each that was expected."""
 
     def __init__(self, *, tls: bool) -> None:
         self.tls = tls

@@ -1,7 +1,8 @@
 """The `tcp` carrier: frames over connections of their own, moved by native threads.
 
-Owns the source's end: making the connections, calling the engine (native.stream) off the event loop,
-and telling why a connection was lost. Python is entered per round and per tick, never per frame.
+Owns the source's end: making the connections, calling the engine (native.stream) off the event
+loop, and telling why a connection was lost. Python is entered per round and per tick, never per
+frame.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Offer:
 
 
 class TcpCarrier:
-    """Frames over data connections. `explain` raises what ended the session, if the target knows."""
+    """Frames over data connections. `explain` raises what ended the session, if that is known."""
 
     name = "tcp"
 
@@ -67,7 +68,7 @@ class TcpCarrier:
         try:
             self._sender.check()
         except ConnectionLost as error:
-            raise _lost(error) from error
+            raise _lost(error.strerror) from error
 
     async def send(self, frame: bytes) -> None:
         """See `agent.carrier.Carrier`."""
@@ -106,6 +107,7 @@ class TcpCarrier:
         if self._closed:
             return
         self._closed = True
+        self._failure = self._failure or _lost("the stream was closed")
         self._sender.stop()
         self._sender.cut()
         await asyncio.to_thread(self._thread.shutdown)
@@ -144,7 +146,7 @@ class TcpCarrier:
             await self._explain()
         except WarmsyncError as reason:
             return reason
-        return _lost(error)
+        return _lost(error.strerror)
 
     async def _tick(self, tick: Callable[[int, int], None]) -> None:
         while True:
@@ -191,15 +193,15 @@ def _unreachable(offer: Offer, error: BaseException) -> Unavailable:
     detail = getattr(error, "strerror", None) or error
     return Unavailable(
         "DATA_PORT_UNREACHABLE",
-        f"no data connection to {offer.host} port {offer.port} ({detail}); open that port (data_port "
-        "in its configuration), or use --carrier grpc",
+        f"no data connection to {offer.host} port {offer.port} ({detail}); open that port "
+        "(data_port in its configuration), or use --carrier grpc",
         host=offer.host,
         port=offer.port,
     )
 
 
-def _lost(error: ConnectionLost) -> Unavailable:
+def _lost(detail: str) -> Unavailable:
     return Unavailable(
         "PEER_LOST",
-        f"the connection to the target was lost ({error.strerror}); check its agent and the network",
+        f"the connection to the target was lost ({detail}); check its agent and the network",
     )

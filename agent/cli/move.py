@@ -67,7 +67,7 @@ COMPRESSIONS = {"none": pb.COMPRESSION_NONE, "zstd": pb.COMPRESSION_ZSTD}
     type=click.Choice(list(CARRIERS)),
     default="auto",
     show_default=True,
-    help="How data travels: tcp needs the peer's data port, grpc is slower. auto: tcp if it can be.",
+    help="How data travels: tcp needs the peer's data port, grpc is slower; auto: tcp if it can.",
 )
 @click.option(
     "--compression",

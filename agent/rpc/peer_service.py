@@ -70,8 +70,8 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         if port is None:
             raise FailedPrecondition(
                 "CARRIER_UNAVAILABLE",
-                "the target takes no data connections (transfer.data_port is -1, or it listens on a "
-                "unix socket); use --carrier grpc",
+                "the target takes no data connections (transfer.data_port is -1, or it listens on "
+                "a unix socket); use --carrier grpc",
             )
         count = min(max(request.connections, 1), self._registry.config.transfer.connections)
         inlet = session.expect(count)

@@ -37,6 +37,16 @@ def make_rig(request: pytest.FixtureRequest, tmp_path: Path, target: Path) -> Ma
     return make
 
 
+@pytest.fixture
+def make_grpc_rig(tmp_path: Path, target: Path) -> MakeRig:
+    """The same for the grpc carrier alone: for tests that reach into its Python."""
+
+    def make(*targets: Path) -> AbstractAsyncContextManager[Rig]:
+        return rig("grpc", tmp_path, list(targets) or [target])
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def no_error_is_dropped(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """asyncio logs an error that nobody asked for, when it is collected: the operator's noise."""

@@ -9,7 +9,7 @@ import threading
 from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import trustme
@@ -47,18 +47,26 @@ class Rig:
     peer: PeerClient
     token: str
     targets: list[Path]
+    opened: list[BlockDevice] = field(default_factory=list)
 
     @property
     def session(self) -> TargetSession:
         return self.registry.session(self.token)
 
+    async def vanish(self) -> None:
+        """Let the target be gone, without a word, as when its process dies."""
+        await self.server.stop(0)
+        if self.session._inlet is not None:
+            self.session._inlet.stop()
+
     async def open_carrier(
         self, token: str | None = None, *, source: Path | None = None, compress: bool = False
     ) -> Carrier:
         """Open a carrier. What `send_marked` reads is `source`, for each volume."""
-        sources = [source or target for target in self.targets]
+        sources = [BlockDevice(str(source or target)) for target in self.targets]
+        self.opened += sources
         request = CarrierRequest(
-            devices=[BlockDevice(str(path)) for path in sources],
+            devices=sources,
             digests=[None for _ in sources],
             kind=CarrierKind(self.kind.partition("-")[0]),
             connections=3,
@@ -84,7 +92,12 @@ async def rig(kind: str, directory: Path, targets: list[Path]) -> AsyncIterator[
     registry.data_port.listen("127.0.0.1", 0)
     try:
         token = await peer.open_session(request(targets))
-        yield Rig(kind, registry, server, peer, token, targets)
+        made = Rig(kind, registry, server, peer, token, targets)
+        try:
+            yield made
+        finally:
+            for device in made.opened:
+                device.close()
     finally:
         await peer.close()
         await server.stop(0)

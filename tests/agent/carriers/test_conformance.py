@@ -39,6 +39,17 @@ STEP = 65536
 Steps = Callable[[Rig], Any]
 
 
+async def refusal_of(rig: Rig, *frames: bytes, token: str | None = None) -> WarmsyncError:
+    """Return why no carrier can be had: some learn it when they open, others with a frame."""
+    try:
+        carrier = await rig.open_carrier(token)
+    except WarmsyncError as error:
+        return error
+    error = await failure_of(carrier, *frames)
+    await carrier.close()
+    return error
+
+
 async def failure_of(carrier: Carrier, *frames: bytes, generation: int = 1) -> WarmsyncError:
     """Send, flush, and return what comes of it: the sender may learn it at either step."""
     try:
@@ -122,7 +133,7 @@ def test_volumes_share_a_stream(make_rig: MakeRig, source: Path, tmp_path: Path)
 
 
 def test_a_slow_target_holds_the_source_back(
-    make_rig: MakeRig, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+    make_grpc_rig: MakeRig, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = asyncio.Event()
     writing: list[int] = []
@@ -159,11 +170,11 @@ def test_a_slow_target_holds_the_source_back(
         assert read_all(target) == read_all(source)
         await carrier.close()
 
-    trial(make_rig, steps)
+    trial(make_grpc_rig, steps)
 
 
 def test_a_flush_is_answered_when_all_is_written_and_durable(
-    make_rig: MakeRig, source: Path, monkeypatch: pytest.MonkeyPatch
+    make_grpc_rig: MakeRig, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rule 4: flush the target, then acknowledge."""
     events: list[str] = []
@@ -201,7 +212,7 @@ def test_a_flush_is_answered_when_all_is_written_and_durable(
         assert events == ["written"] * 8 + ["flush begins", "flush ends"]
         await carrier.close()
 
-    trial(make_rig, steps)
+    trial(make_grpc_rig, steps)
 
 
 def test_a_flush_that_fails_is_not_answered(
@@ -323,7 +334,7 @@ def test_a_write_error_is_told_at_once(make_rig: MakeRig, source: Path, tmp_path
 
 
 def test_the_reason_reaches_a_source_in_full_flight(
-    make_rig: MakeRig, source: Path, monkeypatch: pytest.MonkeyPatch
+    make_grpc_rig: MakeRig, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The target's own words, not those of a broken pipe: writes race with them."""
     written = 0
@@ -344,7 +355,7 @@ def test_the_reason_reaches_a_source_in_full_flight(
         await carrier.close()
 
     for _ in range(10):
-        trial(make_rig, steps)
+        trial(make_grpc_rig, steps)
 
 
 def test_a_flush_error_is_told(make_rig: MakeRig, source: Path) -> None:
@@ -368,7 +379,7 @@ def test_a_peer_that_vanishes(make_rig: MakeRig, source: Path) -> None:
     async def steps(rig: Rig) -> None:
         carrier = await rig.open_carrier()
         await carrier.send(frame_of(source, 0, STEP))
-        await rig.server.stop(0)
+        await rig.vanish()
         error = await failure_of(carrier, *frames_of(source, STEP))
         assert isinstance(error, Unavailable)
         # It stays so: nothing is sent into the void.
@@ -393,7 +404,7 @@ def test_a_peer_that_vanishes_is_noticed_by_an_idle_source(make_rig: MakeRig, so
         await carrier.send(frame_of(source, 0, STEP))
         await carrier.flush(1)
         carrier.check()
-        await rig.server.stop(0)
+        await rig.vanish()
         with pytest.raises(Unavailable):
             await keep_checking(carrier)
         await carrier.close()
@@ -402,7 +413,7 @@ def test_a_peer_that_vanishes_is_noticed_by_an_idle_source(make_rig: MakeRig, so
 
 
 def test_a_peer_that_vanishes_while_the_source_waits(
-    make_rig: MakeRig, source: Path, monkeypatch: pytest.MonkeyPatch
+    make_grpc_rig: MakeRig, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a flush nor a full window waits for ever."""
 
@@ -419,13 +430,13 @@ def test_a_peer_that_vanishes_while_the_source_waits(
         sending = asyncio.create_task(failure_of(carrier, *frames_of(source, STEP)))
         for _ in range(20):
             await asyncio.sleep(0)
-        stopping = asyncio.create_task(rig.server.stop(0))
+        stopping = asyncio.create_task(rig.vanish())
         assert isinstance(await sending, Unavailable)
         stuck.set()
         await stopping
         await carrier.close()
 
-    trial(make_rig, steps)
+    trial(make_grpc_rig, steps)
 
 
 def test_a_source_that_vanishes_fails_the_session(make_rig: MakeRig, source: Path) -> None:
@@ -449,11 +460,9 @@ def test_a_source_that_vanishes_fails_the_session(make_rig: MakeRig, source: Pat
 def test_a_wrong_token_opens_nothing(make_rig: MakeRig, source: Path, target: Path) -> None:
     async def steps(rig: Rig) -> None:
         for token in ("nonsense", ""):
-            carrier = await rig.open_carrier(token)
-            error = await failure_of(carrier, frame_of(source, 0, STEP))
+            error = await refusal_of(rig, frame_of(source, 0, STEP), token=token)
             assert isinstance(error, NotFound)
             assert error.reason == "SESSION_NOT_FOUND"
-            await carrier.close()
         assert rig.session.state is State.PENDING
         assert read_all(target) == bytes(SIZE)
 
@@ -464,11 +473,9 @@ def test_a_session_has_one_stream(make_rig: MakeRig, source: Path, target: Path)
     async def steps(rig: Rig) -> None:
         first = await rig.open_carrier()
         await first.flush(1)
-        second = await rig.open_carrier()
-        error = await failure_of(second, frame_of(source, 0, STEP))
+        error = await refusal_of(rig, frame_of(source, 0, STEP))
         assert isinstance(error, FailedPrecondition)
         assert error.reason == "SESSION_NOT_OPEN"
-        await second.close()
         # The first has not noticed.
         await first.send(frame_of(source, 0, STEP, generation=2))
         await first.flush(2)
@@ -490,7 +497,7 @@ def test_close_may_be_repeated(make_rig: MakeRig, source: Path) -> None:
 
 
 def test_a_cancelled_source_leaves_nothing_behind(
-    make_rig: MakeRig, source: Path, monkeypatch: pytest.MonkeyPatch
+    make_grpc_rig: MakeRig, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = TargetSession.write
 
@@ -502,7 +509,7 @@ def test_a_cancelled_source_leaves_nothing_behind(
     monkeypatch.setattr(TargetSession, "write", held)
 
     async def interrupted() -> None:
-        async with make_rig() as rig:
+        async with make_grpc_rig() as rig:
             carrier = await rig.open_carrier()
             seen = rig.session.bell.count
             frames = frames_of(source, STEP) * 4
