@@ -92,6 +92,12 @@ void ws_bitmap_clear(const struct ws_bitmap *map) {
             __atomic_store_n(&map->words[i], 0, __ATOMIC_RELAXED);
 }
 
+void ws_bitmap_drop(const struct ws_bitmap *map) {
+    /* Refused for memory that is locked (mlockall). */
+    if (madvise(map->words, map->word_count * 8, MADV_DONTNEED) != 0)
+        ws_bitmap_clear(map);
+}
+
 bool ws_bitmap_is_marked(const struct ws_bitmap *map, uint64_t offset) {
     uint64_t block = offset >> map->block_shift;
     return load_word(&map->words[block / 64]) >> (block % 64) & 1;
@@ -151,6 +157,16 @@ void ws_bitmap_subtract(const struct ws_bitmap *map, const struct ws_bitmap *oth
     for (uint64_t i = next_word(other, 0); i < other->word_count; i = next_word(other, i + 1))
         if ((load_word(&map->words[i]) & valid_word(other, i)) != 0)
             __atomic_fetch_and(&map->words[i], ~valid_word(other, i), __ATOMIC_RELAXED);
+}
+
+void ws_bitmap_merge_common(const struct ws_bitmap *map, const struct ws_bitmap *one,
+                            const struct ws_bitmap *other) {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    for (uint64_t i = next_word(one, 0); i < one->word_count; i = next_word(one, i + 1)) {
+        uint64_t bits = valid_word(one, i) & load_word(&other->words[i]);
+        if (bits != 0)
+            mark_word(&map->words[i], bits);
+    }
 }
 
 void ws_bitmap_copy_out(const struct ws_bitmap *map, uint8_t *out) {
