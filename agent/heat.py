@@ -3,9 +3,9 @@
 Owns the history of one volume's takes. Pure: the caller passes the time in. Decides nothing of
 what is pending: a hot block is held back, never forgotten.
 
-Time is cut into periods, not into takes. Takes come in quick and slow succession, and a round that
-holds much back is short: judged take by take, what was hot in a long round would be cold in the short
-one after it, and hot again after the next.
+Time is cut into periods, not into takes: these come now quickly, now slowly, and a round that holds
+much back is short. Judged take by take, what was hot in a long round would be cold in the short one
+after it, and hot again after the next.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from native.bitmap import DirtyBitmap
 PERIOD_SECONDS = 0.25
 """A period ends with the first take this long after the one that ended the last."""
 PERIODS = 2
-"""Written in each of so many periods running, a block is hot; after one without a write it is not."""
+"""A block is hot that was written in each of so many periods running, up to the last."""
 
 
 class Heat:
@@ -44,7 +44,7 @@ class Heat:
             self._end_period()
 
     def subtract_hot(self, marks: DirtyBitmap, max_bytes: int) -> None:
-        """Clear in `marks` what is hot, at most `max_bytes`: the lowest offsets, always the same."""
+        """Clear in `marks` what is hot, at most `max_bytes` of it: always the lowest offsets."""
         block_bytes = marks.block_size_bytes
         if max_bytes < block_bytes:
             return

@@ -201,9 +201,7 @@ class Convergence:
         memory = 0.0 if self._rate is None else math.exp(-since_seconds / RATE_MEMORY_SECONDS)
         self._rate = rate + ((self._rate or 0.0) - rate) * memory
 
-    def _pending_bytes(
-        self, dirty_bytes: int, marked_bytes: int, since_seconds: float
-    ) -> float:
+    def _pending_bytes(self, dirty_bytes: int, marked_bytes: int, since_seconds: float) -> float:
         """Return the larger of what is dirty now and what will be when this round is done."""
         if since_seconds < MIN_SINCE_SECONDS:
             return dirty_bytes

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent import heat as heat_module
+from agent import source as source_module
 from agent import verify as verify_module
 from agent.cutover import Cutover
 from agent.disk import SourceDisk, open_source
 from agent.errors import DataLoss, FailedPrecondition, Unavailable
 from agent.migration import Comparison, Scheme, Volume
 from agent.reader import read_digests
-from agent.rounds import RoundReport
+from agent.rounds import Convergence, RoundReport, Verdict
+from agent.state import State
 from agent.tracker import Take
 from agent.tracker.memory import MemoryTracker
 from agent.verify import compare_ends
 from native.bitmap import DirtyBitmap
 from native.frame import inspect
-from tests.agent.ends import BLOCK, SIZE, Source, source
+from tests.agent.ends import BLOCK, SIZE, Source, source, until
 from tests.agent.rpc_helpers import run
 from tests.native.bitmap_twin import marked
 
@@ -74,6 +77,20 @@ def test_what_is_hot_is_held_back_and_stays_pending(end: Source) -> None:
         progress = sender.progress
         assert (progress.dirty_bytes, progress.round_bytes) == (BLOCK, BLOCK)
         assert progress.round_done_bytes == BLOCK
+
+    run(main)
+
+
+def test_the_progress_of_a_round_counts_what_it_holds(end: Source) -> None:
+    async def main() -> None:
+        await heated(end)
+        sender, left = end.sender(), list[int]()
+        end.write(HOT, b"hot still")
+        end.write(COLD, b"cold")
+        last = f"flush {sender.generation + 1}"
+        end.carrier.before[last] = lambda: left.append(sender.progress.dirty_bytes)
+        await sync(end)
+        assert left == [BLOCK]
 
     run(main)
 
@@ -160,6 +177,48 @@ def test_what_was_held_is_sent_after_a_refused_cutover(end: Source) -> None:
     run(main)
 
 
+def test_a_migration_holds_back_what_is_hot(end: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    flush, on = end.carrier.flush, True
+    looked: list[int | None] = []
+
+    async def and_write(generation: int) -> float:
+        if on:
+            end.write(HOT, b"%d" % generation)
+        return await flush(generation)
+
+    class Watched(Convergence):
+        def look(self, *found: Any, marked_bytes: int | None = None) -> Verdict:
+            looked.append(marked_bytes)
+            return super().look(*found, marked_bytes=marked_bytes)
+
+    monkeypatch.setattr(end.carrier, "flush", and_write)
+    monkeypatch.setattr(source_module, "Convergence", Watched)
+
+    async def main() -> None:
+        nonlocal on
+        migration = end.migration()
+        migration.start()
+
+        def holds() -> bool:
+            progress = migration.snapshot().progress
+            return progress.rounds > 1 and (progress.round_bytes, progress.dirty_bytes) == (
+                0,
+                BLOCK,
+            )
+
+        await until(migration.bell, holds)
+        assert not end.equal()
+        await until(migration.bell, lambda: migration.state is State.CONVERGED)
+        on = False
+        await migration.cut_over(force=True)
+        assert end.equal()
+        assert set(looked) <= {0, BLOCK}
+        assert BLOCK in looked
+        await migration.finish()
+
+    run(main)
+
+
 def test_nothing_is_hot_after_a_suspect_take(end: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """All is marked by guess: that says nothing of what is written again and again."""
 
@@ -210,7 +269,7 @@ def test_only_what_was_chosen_can_be_settled(end: Source) -> None:
 
 
 def test_a_scan_holds_nothing_back(tmp_path: Path) -> None:
-    """It marks what was not sent, written again or not: what is held once would be held for ever."""
+    """It marks what was not sent, written again or not: once held would be held for ever."""
     image = tmp_path / "disk.img"
     image.write_bytes(b"x" * SIZE)
     opened = open_source(Volume(str(image), str(image)), (str(image),))
