@@ -66,6 +66,10 @@ class SourceDisk:
         # Digests tell of what was not sent, whether or not it was written again: all that is held
         # back once would look hot for ever.
         self._heat = Heat(size_bytes, block) if self.tracker.digests is None else None
+        # Kept: mapping new ones would take longer than all that is done with them.
+        self._marks = DirtyBitmap(size_bytes, block)
+        self._part = DirtyBitmap(size_bytes, block)
+        self._taken_seconds = 0.0
         self._fenced = False
 
     def start(self) -> None:
@@ -98,27 +102,31 @@ class SourceDisk:
     def _take(self, at_seconds: float) -> Take:
         if self._heat is None:
             return self.tracker.take(self.pending)
-        marks = DirtyBitmap(self.volume.size_bytes, self.volume.block_size_bytes)
+        self._marks.clear()
         try:
-            take = self.tracker.take(marks)
+            take = self.tracker.take(self._marks)
         finally:
-            self.pending.merge(marks)  # a take that failed has taken some
+            self.pending.merge(self._marks)  # a take that failed has taken some
         if take.suspect:
             self._heat.forget()
-        else:
-            self._heat.note(marks, at_seconds)
+            self._marks.clear()
+        self._taken_seconds = at_seconds
         return take
 
     def choose(self, hold_bytes: int = 0) -> DirtyBitmap:
         """Return what this round sends: what is pending, but up to `hold_bytes` that are hot.
 
-        What is held back stays pending. The last round must hold nothing back.
+        What is held back stays pending. The last round must hold nothing back, and is spared the
+        work.
         """
         self._chosen = self.pending
         if self._heat is not None and hold_bytes:
-            self._chosen = DirtyBitmap(self.volume.size_bytes, self.volume.block_size_bytes)
-            self._chosen.merge(self.pending)
-            self._heat.subtract_hot(self._chosen, hold_bytes)
+            self._heat.note(self._marks, self._taken_seconds)
+            if self._heat.is_any:
+                self._part.clear()
+                self._part.merge(self.pending)
+                self._heat.subtract_hot(self._part, hold_bytes)
+                self._chosen = self._part
         return self._chosen
 
     def settle(self) -> None:

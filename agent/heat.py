@@ -33,6 +33,12 @@ class Heat:
         self._now = DirtyBitmap(*self._geometry)
         # Item n: written in each of the last n + 1 periods that ended.
         self._streaks = [DirtyBitmap(*self._geometry) for _ in range(PERIODS)]
+        self._hot_count = 0
+
+    @property
+    def is_any(self) -> bool:
+        """Whether any block is hot."""
+        return self._hot_count > 0
 
     def note(self, marks: DirtyBitmap, at_seconds: float) -> None:
         """Learn what a take found."""
@@ -44,18 +50,16 @@ class Heat:
             self._end_period()
 
     def subtract_hot(self, marks: DirtyBitmap, max_bytes: int) -> None:
-        """Clear in `marks` what is hot, at most `max_bytes` of it: always the lowest offsets."""
-        block_bytes = marks.block_size_bytes
-        if max_bytes < block_bytes:
-            return
-        held = DirtyBitmap(*self._geometry)
-        held.merge_common(marks, self._streaks[-1])
-        count = min(max_bytes // block_bytes, held.count())
-        if count:
-            most = count * block_bytes
-            _, end = held.batch(0, max_bytes=most, max_extents=count)
-            held.clear_range(end, marks.size_bytes - end)
-            marks.subtract(held)
+        """Clear in `marks` what is hot; of more than `max_bytes` only the lowest offsets are."""
+        hot, most = self._streaks[-1], max_bytes // marks.block_size_bytes
+        if self._hot_count > most:
+            end = 0
+            if most:
+                within = most * marks.block_size_bytes
+                _, end = hot.batch(0, max_bytes=within, max_extents=most)
+            hot.clear_range(end, hot.size_bytes - end)
+            self._hot_count = most
+        marks.subtract(hot)
 
     def _end_period(self) -> None:
         for longer, shorter in pairwise(reversed(self._streaks)):
@@ -63,3 +67,4 @@ class Heat:
             longer.merge_common(shorter, self._now)
         self._streaks[0].clear()
         self._streaks[0], self._now = self._now, self._streaks[0]
+        self._hot_count = self._streaks[-1].count()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agent.heat import PERIOD_SECONDS, PERIODS, Heat
 from native.bitmap import DirtyBitmap
-from tests.native.bitmap_twin import Geometry, block_sets, geometries, marked
+from tests.native.bitmap_twin import ENDLESS, Geometry, block_sets, geometries, marked
 
 PLAIN = Geometry(100 * 4096, 4096)
 
@@ -21,21 +21,24 @@ class Twin:
     periods: list[set[int]] = field(default_factory=list)
     now: set[int] = field(default_factory=set)
     began: float | None = None
+    most: int = ENDLESS
 
     def note(self, blocks: set[int], at: float) -> None:
         self.now |= blocks
         self.began = at if self.began is None else self.began
         if at - self.began >= PERIOD_SECONDS:
             self.periods.append(self.now)
-            self.now, self.began = set(), at
+            self.now, self.began, self.most = set(), at, ENDLESS
 
     def forget(self) -> None:
-        self.periods, self.now = [], set()
+        self.periods, self.now, self.most = [], set(), ENDLESS
 
-    @property
-    def hot(self) -> set[int]:
+    def hold(self, count: int) -> set[int]:
+        """What is hot; what was too much stays out up to the period's end."""
+        self.most = min(self.most, count)
         last = self.periods[-PERIODS:]
-        return set.intersection(*last) if len(last) == PERIODS else set()
+        hot = set.intersection(*last) if len(last) == PERIODS else set()
+        return set(sorted(hot)[: self.most])
 
 
 def left(heat: Heat, marks: DirtyBitmap, max_bytes: int) -> set[int]:
@@ -60,9 +63,8 @@ def test_hot_is_what_the_twin_says(data: st.DataObject) -> None:
             twin.note(blocks, at)
         sent = data.draw(block_sets(geometry)) | favourites
         most = data.draw(st.integers(0, geometry.block_count))
-        held = set(sorted(sent & twin.hot)[:most])
         max_bytes = most * geometry.block_bytes + data.draw(st.integers(0, 511))
-        assert left(heat, geometry.bitmap(sent), max_bytes) == sent - held
+        assert left(heat, geometry.bitmap(sent), max_bytes) == sent - twin.hold(most)
 
 
 def after(*takes: tuple[float, set[int]]) -> set[int]:
