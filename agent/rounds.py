@@ -185,7 +185,7 @@ class Convergence:
         """Return how long to wait before the next take; a cutover must cut the wait short.
 
         Takes are at least MIN_CYCLE_SECONDS apart, so that small rounds do not spin. Within
-        budget they come as late as they may: when what gathers could use up PACE of the budget.
+        budget they come as late as they may: when what gathers could use up its share (PACE).
         """
         if self._looked_at is None:
             return 0.0
