@@ -52,6 +52,8 @@ class Cutover:
         taken = await sender.take(flush=False)
         self._note("take")
         report = await sender.send_dirty(taken)
+        if report.dirty_bytes != taken.dirty_bytes:
+            raise RuntimeError("the final round left something unsent")
         self._note("send", minus_seconds=report.flush_seconds)
         self._parts = replace(self._parts, target_flush=report.flush_seconds)
         await self._prove_quiesced()

@@ -1,6 +1,7 @@
 """One source volume: its device, its tracker, and what may differ from the target.
 
-Owns the order that the correctness rules ask of a take (flush, take, then read) and the fence.
+Owns the order that the correctness rules ask of a take (flush, take, then read), what a round sends
+of what is pending, and the fence.
 All calls block: run them on a thread. Never talks to the target.
 """
 
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from agent.device import identities, io_error, is_claimed, map_data, open_device
 from agent.errors import FailedPrecondition, InvalidArgument
+from agent.heat import Heat
 from agent.migration import Identity, Scheme, Volume
-from agent.tracker import Take, Tracker
+from agent.tracker import Take, Tracker, has_mark
 from agent.tracker.choice import fit_block, make_tracker
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
@@ -60,6 +62,14 @@ class SourceDisk:
         self.device = source.device
         self.tracker: Tracker = make_tracker(scheme, source.device, block, pin_dir)
         self.pending = DirtyBitmap(size_bytes, block)
+        self._chosen: DirtyBitmap | None = None
+        # Digests tell of what was not sent, whether or not it was written again: all that is held
+        # back once would look hot for ever.
+        self._heat = Heat(size_bytes, block) if self.tracker.digests is None else None
+        # Kept: mapping new ones would take longer than all that is done with them.
+        self._marks = DirtyBitmap(size_bytes, block)
+        self._part = DirtyBitmap(size_bytes, block)
+        self._taken_seconds = 0.0
         self._fenced = False
 
     def start(self) -> None:
@@ -74,15 +84,66 @@ class SourceDisk:
         """Return what may hold data; all else reads as zeros. Asked after tracking has started."""
         return map_data(self.device, self.volume.size_bytes, self.volume.block_size_bytes)
 
-    def take(self, *, flush: bool) -> Take:
-        """Move the tracker's marks into `pending`; `flush`: after what is buffered passed it."""
+    def take(self, *, flush: bool, at_seconds: float) -> Take:
+        """Move the tracker's marks into `pending`; `flush`: after what is buffered passed it.
+
+        `at_seconds` is the caller's monotonic clock.
+        """
         self.check_size()
+        # What was chosen before may be marked once more now.
+        self._chosen = None
         try:
             if flush:
                 self.device.flush()
-            return self.tracker.take(self.pending)
+            return self._take(at_seconds)
         except OSError as error:
             raise io_error("source", error) from error
+
+    def _take(self, at_seconds: float) -> Take:
+        if self._heat is None:
+            return self.tracker.take(self.pending)
+        self._marks.clear()
+        try:
+            take = self.tracker.take(self._marks)
+        finally:
+            self.pending.merge(self._marks)  # a take that failed has taken some
+        if take.suspect:
+            self._heat.forget()
+            self._marks.clear()
+        self._taken_seconds = at_seconds
+        return take
+
+    def choose(self, hold_bytes: int = 0) -> DirtyBitmap:
+        """Return what this round sends: what is pending, but up to `hold_bytes` that are hot.
+
+        What is held back stays pending. The last round must hold nothing back, and is spared the
+        work.
+        """
+        self._chosen = self.pending
+        if self._heat is not None and hold_bytes:
+            self._heat.note(self._marks, self._taken_seconds)
+            if self._heat.is_any:
+                self._part.clear()
+                self._part.merge(self.pending)
+                self._heat.subtract_hot(self._part, hold_bytes)
+                self._chosen = self._part
+        return self._chosen
+
+    def settle(self) -> None:
+        """What was chosen is durable on the target: it is not pending any more, all else is."""
+        if self._chosen is None:
+            raise RuntimeError("nothing was chosen since the last take")
+        if self._chosen is self.pending:
+            self.pending.clear()
+        else:
+            self.pending.subtract(self._chosen)
+        self._chosen = None
+
+    def is_pending(self, offset_bytes: int, length_bytes: int) -> bool:
+        """Return whether a byte of the range (within one chunk) may differ from the target."""
+        return has_mark(self.pending, offset_bytes, length_bytes) or self.tracker.is_marked(
+            offset_bytes, length_bytes
+        )
 
     def flush(self) -> None:
         """Write back what the host's page cache holds for the device, past the tracker."""

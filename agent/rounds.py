@@ -26,8 +26,10 @@ TAKES_IN_CUTOVER = 2
 ROUNDS_IN_CUTOVER = 2
 """The one in flight when the guest stops and the final one: each has its latency and its flush."""
 RECENT_TAKES = 3
-PACE = 0.5
-"""Share of the budget that waiting between rounds may use up."""
+PACE = 0.25
+"""Share of the budget, less what is fixed, that waiting between rounds may use up."""
+HOLD = 0.1
+"""Share of the budget that may be spent on what was held back from the rounds."""
 MIN_CYCLE_SECONDS = 0.05
 MAX_WAIT_SECONDS = 1.0
 MIN_SINCE_SECONDS = 1e-3
@@ -40,7 +42,7 @@ RATE_MEMORY_SECONDS = 3.0
 class RoundReport:
     """What one finished round was. Times are the caller's monotonic clock.
 
-    `dirty_bytes`: taken at the round's start, what it set out to send; `sent_bytes`: on the wire;
+    `dirty_bytes`: what it set out to send, without what it held back; `sent_bytes`: on the wire;
     `take_seconds`: the take, with a scan's pass; `send_seconds`: first read to last
     acknowledgement; `flush_seconds`: making it durable on the target, after that.
     """
@@ -133,22 +135,30 @@ class Convergence:
         )
 
     def look(
-        self, dirty_bytes: int, now_seconds: float, since_seconds: float, take_seconds: float
+        self,
+        dirty_bytes: int,
+        now_seconds: float,
+        since_seconds: float,
+        take_seconds: float,
+        *,
+        marked_bytes: int | None = None,
     ) -> Verdict:
         """Judge what a take found.
 
-        `dirty_bytes` are dirty now, gathered in the `since_seconds` since the take before;
-        `take_seconds` is what the take cost, with all that the final take will do as well (flush
-        of the source's page cache, a scan's pass).
+        `dirty_bytes` are dirty now; `marked_bytes` of them (None: all) were gathered in the
+        `since_seconds` since the take before, the others held back by the rounds; `take_seconds`
+        is what the take cost, with all that the final take will do as well (flush of the source's
+        page cache, a scan's pass).
         """
+        marked = dirty_bytes if marked_bytes is None else min(marked_bytes, dirty_bytes)
         self._looked_at = now_seconds
         self._takes.append(max(take_seconds, 0.0))
-        self._note_rate(dirty_bytes, since_seconds)
+        self._note_rate(marked, since_seconds)
         if self._estimate.is_empty:
             self._left = dirty_bytes
             return Verdict(dirty_bytes, self._rate, None, None, None, False, False, False, "")
         fixed = self._fixed_seconds()
-        pending = self._pending_bytes(dirty_bytes, since_seconds)
+        pending = self._pending_bytes(dirty_bytes, marked, since_seconds)
         predicted = fixed + self._variable_seconds(pending)
         within = predicted <= self._budget
         self._count(dirty_bytes, within)
@@ -165,11 +175,17 @@ class Convergence:
             self._advise(fixed, predicted) if stalled else "",
         )
 
+    def hold_bytes(self) -> int:
+        """Return how much a round may hold back: what goes out within HOLD of the budget."""
+        if self._estimate.is_empty:
+            return 0
+        return int(HOLD * self._budget * self._throughput())
+
     def wait_seconds(self, now_seconds: float) -> float:
         """Return how long to wait before the next take; a cutover must cut the wait short.
 
         Takes are at least MIN_CYCLE_SECONDS apart, so that small rounds do not spin. Within
-        budget they come as late as they may: when what gathers could use up PACE of the budget.
+        budget they come as late as they may: when what gathers could use up its share (PACE).
         """
         if self._looked_at is None:
             return 0.0
@@ -185,12 +201,13 @@ class Convergence:
         memory = 0.0 if self._rate is None else math.exp(-since_seconds / RATE_MEMORY_SECONDS)
         self._rate = rate + ((self._rate or 0.0) - rate) * memory
 
-    def _pending_bytes(self, dirty_bytes: int, since_seconds: float) -> float:
+    def _pending_bytes(self, dirty_bytes: int, marked_bytes: int, since_seconds: float) -> float:
         """Return the larger of what is dirty now and what will be when this round is done."""
         if since_seconds < MIN_SINCE_SECONDS:
             return dirty_bytes
         cycle = self._takes[-1] + self._variable_seconds(dirty_bytes)
-        return dirty_bytes * max(1.0, cycle / since_seconds)
+        growth = max(0.0, cycle / since_seconds - 1.0)
+        return dirty_bytes + marked_bytes * growth
 
     def _variable_seconds(self, size_bytes: float) -> float:
         estimate = self._estimate
@@ -210,12 +227,12 @@ class Convergence:
         return 1 / self._estimate.line().seconds_per_byte
 
     def _affordable_seconds(self) -> float:
-        """Return how long the guest may write before what gathers uses up PACE of the budget.
+        """Return how long the guest may write before what gathers uses up its share.
 
         A guest may wake up at any moment: it is taken to write at least as fast as can be sent.
         """
         idle = self._fixed_seconds() + self._variable_seconds(0)
-        spare = max(PACE * self._budget - idle, 0.0)
+        spare = PACE * max(self._budget - idle, 0.0)
         rate = max(self._rate or 0.0, self._last_rate, self._throughput())
         return spare * self._throughput() / rate
 

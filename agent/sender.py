@@ -42,9 +42,13 @@ class Workshop:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A take of all volumes: what is dirty now, how long it took, how long marks had gathered."""
+    """A take of all volumes: what is dirty now, how long it took, how long marks had gathered.
+
+    `marked_bytes` of `dirty_bytes` are of this take, the others were held back.
+    """
 
     dirty_bytes: int
+    marked_bytes: int
     seconds: float
     since_seconds: float
     at_seconds: float
@@ -74,6 +78,7 @@ class Sender:
         self._running.set()
         self._paused_seconds = self._paused_at = 0.0
         self._taken_at = time.monotonic()
+        self._held_bytes = 0
 
     def use(self, carrier: Carrier) -> None:
         """Send over this carrier from now on."""
@@ -140,7 +145,7 @@ class Sender:
         """
         self._open_carrier.check()
         started = time.monotonic()
-        takes = await self.on_disks(lambda disk: disk.take(flush=flush))
+        takes = await self.on_disks(lambda disk: disk.take(flush=flush, at_seconds=started))
         for disk, take in zip(self.disks, takes, strict=True):
             if take.suspect:
                 _log.warning(
@@ -153,18 +158,24 @@ class Sender:
         since, self._taken_at = started - self._taken_at, started
         now = time.monotonic()
         self.note(dirty_bytes=dirty)
-        return Taken(dirty, now - started, since, now)
+        marked = min(sum(take.marked_bytes for take in takes), dirty)
+        return Taken(dirty, marked, now - started, since, now)
 
     async def send_seed(self, taken: Taken) -> RoundReport:
         """Send everything: data first, then holes, which are found and not read."""
         maps = await self.on_disks(SourceDisk.map_data)
         holes = chain.from_iterable(plan_holes(i, data) for i, data in enumerate(maps))
-        return await self._send(list(enumerate(maps)), holes, taken)
+        await self._choose(0)
+        return await self._send(list(enumerate(maps)), holes, taken, taken.dirty_bytes)
 
-    async def send_dirty(self, taken: Taken) -> RoundReport:
-        """Send what is pending. Nothing travels if nothing is."""
-        jobs = [(i, disk.pending) for i, disk in enumerate(self.disks)]
-        return await self._send(jobs, iter(()), taken)
+    async def send_dirty(self, taken: Taken, hold_bytes: int = 0) -> RoundReport:
+        """Send what is pending, but up to `hold_bytes` that are hot. Nothing travels if nothing is.
+
+        The last round holds nothing back.
+        """
+        chosen = await self._choose(hold_bytes // len(self.disks))
+        jobs = [(i, marks) for i, (marks, _) in enumerate(chosen)]
+        return await self._send(jobs, iter(()), taken, sum(size for _, size in chosen))
 
     async def on_disks(self, work: Callable[[SourceDisk], _Result]) -> list[_Result]:
         """Run blocking work on all disks at once; the first error is raised when all are done."""
@@ -187,11 +198,25 @@ class Sender:
         if self._carrier is not None:
             await self._carrier.close()
 
+    async def _choose(self, hold_bytes: int) -> list[tuple[DirtyBitmap, int]]:
+        """Return what each volume sends and its size."""
+
+        def choose(disk: SourceDisk) -> tuple[DirtyBitmap, int]:
+            chosen = disk.choose(hold_bytes)
+            return chosen, chosen.count_bytes()
+
+        return await self.on_disks(choose)
+
     async def _send(
-        self, jobs: list[tuple[int, DirtyBitmap]], holes: Iterator[Batch], taken: Taken
+        self,
+        jobs: list[tuple[int, DirtyBitmap]],
+        holes: Iterator[Batch],
+        taken: Taken,
+        size_bytes: int,
     ) -> RoundReport:
         self.generation += 1
-        self.note(round_bytes=taken.dirty_bytes, round_done_bytes=0)
+        self._held_bytes = taken.dirty_bytes - size_bytes
+        self.note(round_bytes=size_bytes, round_done_bytes=0)
         started, paused = time.monotonic(), self._paused_seconds
         before = self.progress.sent_bytes
         await self._send_marked(jobs)
@@ -202,7 +227,7 @@ class Sender:
         elapsed = finished - started - (self._paused_seconds - paused)
         return RoundReport(
             generation=self.generation,
-            dirty_bytes=taken.dirty_bytes,
+            dirty_bytes=size_bytes,
             sent_bytes=sent,
             take_seconds=taken.seconds,
             send_seconds=max(elapsed - flush_seconds, 0.0),
@@ -233,16 +258,17 @@ class Sender:
         """Only now is what was sent known to be equal: clear it (rule 4)."""
         seconds = await self._open_carrier.flush(self.generation)
         for disk in self.disks:
-            disk.pending.clear()
-        self.note(rounds=self.progress.rounds + 1, dirty_bytes=0)
+            disk.settle()
+        self.note(rounds=self.progress.rounds + 1, dirty_bytes=self._held_bytes)
         return seconds
 
     def _count(self, done_bytes: int, sent_bytes: int) -> None:
         progress = self.progress
+        left = max(progress.round_bytes - progress.round_done_bytes - done_bytes, 0)
         self.note(
             sent_bytes=progress.sent_bytes + sent_bytes,
             round_done_bytes=progress.round_done_bytes + done_bytes,
-            dirty_bytes=max(progress.round_bytes - progress.round_done_bytes - done_bytes, 0),
+            dirty_bytes=self._held_bytes + left,
         )
 
     @property

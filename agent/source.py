@@ -258,11 +258,16 @@ class SourceMigration:
         # With the flush, so that what the host's page cache holds counts in the prediction.
         taken = await self._sender.take(flush=True)
         verdict = self._convergence.look(
-            taken.dirty_bytes, taken.at_seconds, taken.since_seconds, taken.seconds
+            taken.dirty_bytes,
+            taken.at_seconds,
+            taken.since_seconds,
+            taken.seconds,
+            marked_bytes=taken.marked_bytes,
         )
         self._judge(verdict)
         if taken.dirty_bytes:
-            self._convergence.record(await self._sender.send_dirty(taken))
+            hold_bytes = self._convergence.hold_bytes()
+            self._convergence.record(await self._sender.send_dirty(taken, hold_bytes))
 
     def _judge(self, verdict: Verdict) -> None:
         self._sender.note(

@@ -1,6 +1,6 @@
 """Compares the two ends digest by digest, while nothing is being sent.
 
-Owns what a difference means: pending if the tracker has marked it since, a mismatch otherwise.
+Owns what a difference means: pending if it was held back or marked since, a mismatch otherwise.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ async def _judge(
 async def _is_marked_soon(workshop: Workshop, disk: SourceDisk, offset: int, length: int) -> bool:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _MARK_SECONDS
-    while not await loop.run_in_executor(workshop.threads, disk.tracker.is_marked, offset, length):
+    while not await loop.run_in_executor(workshop.threads, disk.is_pending, offset, length):
         if loop.time() > deadline:
             return False
         await asyncio.sleep(0.02)

@@ -19,10 +19,13 @@ cdef extern from "bitmap_impl.h" nogil:
     void ws_bitmap_clear_range(const ws_bitmap *map, uint64_t offset, uint64_t length)
     void ws_bitmap_set_all(const ws_bitmap *map)
     void ws_bitmap_clear(const ws_bitmap *map)
+    void ws_bitmap_drop(const ws_bitmap *map)
     bint ws_bitmap_is_marked(const ws_bitmap *map, uint64_t offset)
     uint64_t ws_bitmap_take(const ws_bitmap *map, const ws_bitmap *into)
     void ws_bitmap_merge(const ws_bitmap *map, const ws_bitmap *other)
     void ws_bitmap_subtract(const ws_bitmap *map, const ws_bitmap *other)
+    void ws_bitmap_merge_common(const ws_bitmap *map, const ws_bitmap *one,
+                                const ws_bitmap *other)
     uint64_t ws_bitmap_count(const ws_bitmap *map)
     uint64_t ws_bitmap_count_bytes(const ws_bitmap *map)
     void ws_bitmap_copy_out(const ws_bitmap *map, uint8_t *out)

@@ -41,7 +41,10 @@ class DirtyBitmap:
         """Clear each block that lies wholly in the range (a last short block counts as whole)."""
     def set_all(self) -> None: ...
     def clear(self) -> None:
-        """Clear every block. A mark set meanwhile may be lost: to keep it, take."""
+        """Clear every block. A mark set meanwhile may be lost: to keep it, take.
+
+        Memory of its own goes back to the system.
+        """
     def take(self, into: DirtyBitmap) -> int:
         """Exchange each word for 0 atomically and OR it into `into` (same geometry).
 
@@ -52,6 +55,8 @@ class DirtyBitmap:
         """Mark here what is marked in `other` (same geometry, else ValueError; as for take)."""
     def subtract(self, other: DirtyBitmap) -> None:
         """Clear here what is marked in `other`."""
+    def merge_common(self, one: DirtyBitmap, other: DirtyBitmap) -> None:
+        """Mark here what is marked in both (same geometry). Touches memory only for such blocks."""
     def count(self) -> int:
         """Return the number of marked blocks."""
     def count_bytes(self) -> int:

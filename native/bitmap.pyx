@@ -24,10 +24,12 @@ from native.bitmap cimport (
     ws_bitmap_copy_out,
     ws_bitmap_count,
     ws_bitmap_count_bytes,
+    ws_bitmap_drop,
     ws_bitmap_init,
     ws_bitmap_is_marked,
     ws_bitmap_map,
     ws_bitmap_merge,
+    ws_bitmap_merge_common,
     ws_bitmap_runs,
     ws_bitmap_set_all,
     ws_bitmap_set_range,
@@ -179,8 +181,12 @@ cdef class DirtyBitmap:
 
     def clear(self):
         """Clear every block. A mark set meanwhile may be lost: to keep it, take."""
+        cdef bint is_shared = self.is_shared
         with nogil:
-            ws_bitmap_clear(&self.map)
+            if is_shared:
+                ws_bitmap_clear(&self.map)
+            else:
+                ws_bitmap_drop(&self.map)
 
     def take(self, DirtyBitmap into not None):
         """Exchange each word for 0 atomically and OR it into `into`; return the blocks taken."""
@@ -203,6 +209,13 @@ cdef class DirtyBitmap:
         self.check_same(other)
         with nogil:
             ws_bitmap_subtract(&self.map, &other.map)
+
+    def merge_common(self, DirtyBitmap one not None, DirtyBitmap other not None):
+        """Mark here what is marked in both `one` and `other`."""
+        self.check_same(one)
+        self.check_same(other)
+        with nogil:
+            ws_bitmap_merge_common(&self.map, &one.map, &other.map)
 
     def count(self):
         """Return the number of marked blocks."""

@@ -12,6 +12,8 @@
 /* dumps() writes words as they lie in memory and calls it little endian. */
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "words are saved as they are");
 
+enum { PAGE_WORDS = 4096 / 8 };
+
 void ws_bitmap_init(struct ws_bitmap *map, uint64_t size_bytes, uint64_t block_size) {
     map->words = NULL;
     map->size_bytes = size_bytes;
@@ -74,7 +76,7 @@ void ws_bitmap_clear_range(const struct ws_bitmap *map, uint64_t offset, uint64_
     if (length == 0 || first >= end)
         return;
     uint64_t last = end - 1;
-    for (uint64_t i = first / 64; i <= last / 64; i++)
+    for (uint64_t i = next_word(map, first / 64); i <= last / 64; i = next_word(map, i + 1))
         __atomic_fetch_and(
             &map->words[i],
             ~bits_between(i == first / 64 ? first % 64 : 0, i == last / 64 ? last % 64 : 63),
@@ -90,6 +92,26 @@ void ws_bitmap_clear(const struct ws_bitmap *map) {
     for (uint64_t i = 0; i < map->word_count; i++)
         if (load_word(&map->words[i]) != 0)
             __atomic_store_n(&map->words[i], 0, __ATOMIC_RELAXED);
+}
+
+/* The end of the run of pages, from word `first` on, that hold marks. */
+static uint64_t marked_pages_end(const struct ws_bitmap *map, uint64_t first) {
+    uint64_t end = first + PAGE_WORDS;
+    while (end < map->word_count && next_word(map, end) < end + PAGE_WORDS)
+        end += PAGE_WORDS;
+    return end < map->word_count ? end : map->word_count;
+}
+
+void ws_bitmap_drop(const struct ws_bitmap *map) {
+    /* Not all in one go: what only was looked at would have to be mapped again, page by page, which
+     * takes three times as long as the look itself. */
+    for (uint64_t i = next_word(map, 0); i < map->word_count; i = next_word(map, i)) {
+        uint64_t first = i / PAGE_WORDS * PAGE_WORDS;
+        i = marked_pages_end(map, first);
+        /* Refused for locked memory (mlockall), and where pages are larger. */
+        if (madvise(map->words + first, (i - first) * 8, MADV_DONTNEED) != 0)
+            memset(map->words + first, 0, (i - first) * 8);
+    }
 }
 
 bool ws_bitmap_is_marked(const struct ws_bitmap *map, uint64_t offset) {
@@ -151,6 +173,16 @@ void ws_bitmap_subtract(const struct ws_bitmap *map, const struct ws_bitmap *oth
     for (uint64_t i = next_word(other, 0); i < other->word_count; i = next_word(other, i + 1))
         if ((load_word(&map->words[i]) & valid_word(other, i)) != 0)
             __atomic_fetch_and(&map->words[i], ~valid_word(other, i), __ATOMIC_RELAXED);
+}
+
+void ws_bitmap_merge_common(const struct ws_bitmap *map, const struct ws_bitmap *one,
+                            const struct ws_bitmap *other) {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    for (uint64_t i = next_word(one, 0); i < one->word_count; i = next_word(one, i + 1)) {
+        uint64_t bits = valid_word(one, i) & load_word(&other->words[i]);
+        if (bits != 0)
+            mark_word(&map->words[i], bits);
+    }
 }
 
 void ws_bitmap_copy_out(const struct ws_bitmap *map, uint8_t *out) {

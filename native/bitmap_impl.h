@@ -32,6 +32,8 @@ void ws_bitmap_clear_range(const struct ws_bitmap *map, uint64_t offset, uint64_
 
 void ws_bitmap_set_all(const struct ws_bitmap *map);
 void ws_bitmap_clear(const struct ws_bitmap *map);
+/* Clear words of ws_bitmap_map() by giving their memory back. */
+void ws_bitmap_drop(const struct ws_bitmap *map);
 bool ws_bitmap_is_marked(const struct ws_bitmap *map, uint64_t offset);
 
 /* Exchange each word for 0 and OR it into `into`. Returns the number of blocks taken. */
@@ -39,6 +41,10 @@ uint64_t ws_bitmap_take(const struct ws_bitmap *map, const struct ws_bitmap *int
 
 void ws_bitmap_merge(const struct ws_bitmap *map, const struct ws_bitmap *other);
 void ws_bitmap_subtract(const struct ws_bitmap *map, const struct ws_bitmap *other);
+
+/* Mark what is marked in both; touches no page of `map` where nothing is. */
+void ws_bitmap_merge_common(const struct ws_bitmap *map, const struct ws_bitmap *one,
+                            const struct ws_bitmap *other);
 
 /* Marked blocks; marked bytes, where a last short block counts with its true length. */
 uint64_t ws_bitmap_count(const struct ws_bitmap *map);

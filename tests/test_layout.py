@@ -26,6 +26,7 @@ FLOORS = {
     "agent.version": 1,
     # Brains: pure.
     "agent.estimate": 2,
+    "agent.heat": 2,
     "agent.planner": 2,
     "agent.rounds": 2,
     "agent.state": 2,

@@ -21,7 +21,9 @@ from agent.migration import Plan, Scheme, Volume
 from agent.peer import SessionRequest
 from agent.sender import Sender, Workshop
 from agent.source import Prepared, SourceMigration
+from agent.tracker import Take
 from agent.tracker.memory import MemoryTracker
+from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer, BufferPool
 from native.frame import MAX_PAYLOAD_BYTES, inspect, scatter
@@ -158,7 +160,7 @@ class WatchedTracker(MemoryTracker):
         self.stopped = False
         self.take_error: Exception | None = None
 
-    def take(self, into):  # type: ignore[no-untyped-def]
+    def take(self, into: DirtyBitmap) -> Take:
         if self.take_error:
             raise self.take_error
         return super().take(into)

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from agent.errors import InvalidArgument
 from agent.estimate import Estimate, Sample
-from agent.rounds import MAX_WAIT_SECONDS, MIN_CYCLE_SECONDS, Convergence, RoundReport, Verdict
+from agent.rounds import (
+    HOLD,
+    MAX_WAIT_SECONDS,
+    MIN_CYCLE_SECONDS,
+    Convergence,
+    RoundReport,
+    Verdict,
+)
 from tests.agent.simulation import MIB, Guest, Link, Look, World
 
 GIB = 1 << 30
@@ -453,6 +460,24 @@ def test_a_growing_round_is_judged_by_what_it_becomes() -> None:
     # 40 MiB take 0.4 s to send, but in 0.1 s they were dirtied: four times as much comes next.
     assert look(convergence, 40 * MIB, since=1.0).within_budget
     assert not look(convergence, 40 * MIB, since=0.1).within_budget
+
+
+def test_what_was_held_back_is_left_to_send_but_is_no_new_writing() -> None:
+    convergence, other = measured(), measured()
+    held = convergence.look(10 * MIB, 0.0, 1.0, 0.0, marked_bytes=MIB)
+    assert held.dirty_rate_bytes_per_second == pytest.approx(MIB)
+    assert held.predicted_downtime_seconds == look(other, 10 * MIB).predicted_downtime_seconds
+    # Only what is written grows while it is sent: 8 MiB a second in 0.4 s.
+    grown = measured().look(40 * MIB, 0.0, 0.1, 0.0, marked_bytes=MIB)
+    assert grown.predicted_downtime_seconds == pytest.approx(0.43, rel=0.1)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.5, 60.0])
+def test_what_may_be_held_back_goes_out_in_its_share_of_the_budget(budget: float) -> None:
+    assert Convergence(budget).hold_bytes() == 0
+    assert measured(budget).hold_bytes() == pytest.approx(HOLD * budget * 100 * MIB, rel=0.1)
+    limited = measured(budget, limit=10 * MIB).hold_bytes()
+    assert limited == pytest.approx(HOLD * budget * 10 * MIB, rel=0.1)
 
 
 def test_wait_is_none_before_the_first_look_and_while_much_is_left() -> None:

@@ -56,6 +56,18 @@ def test_every_operation_does_what_a_set_does(data: st.DataObject) -> None:
 
 
 @given(st.data())
+def test_what_is_common_is_added_to_what_was_there(data: st.DataObject) -> None:
+    geometry = data.draw(geometries())
+    into, one, other = (data.draw(block_sets(geometry)) for _ in range(3))
+    bitmaps = [geometry.bitmap(blocks) for blocks in (into, one, other)]
+    bitmaps[0].merge_common(*bitmaps[1:])
+    assert [marked(each) for each in bitmaps] == [into | one & other, one, other]
+    # A bitmap may be one of them: it stays as it is.
+    bitmaps[1].merge_common(bitmaps[1], bitmaps[2])
+    assert marked(bitmaps[1]) == one
+
+
+@given(st.data())
 def test_is_marked_looks_at_the_block_of_a_byte(data: st.DataObject) -> None:
     geometry = data.draw(geometries())
     blocks = data.draw(block_sets(geometry))
@@ -100,6 +112,9 @@ def test_bitmaps_of_different_geometry_do_not_mix() -> None:
         for operation in (bitmap.take, bitmap.merge, bitmap.subtract):
             with pytest.raises(ValueError, match="bitmaps differ"):
                 operation(other)
+        for pair in ((bitmap, other), (other, bitmap)):
+            with pytest.raises(ValueError, match="bitmaps differ"):
+                bitmap.merge_common(*pair)
     with pytest.raises(ValueError, match="into itself"):
         bitmap.take(bitmap)
     with pytest.raises(TypeError):
@@ -116,10 +131,11 @@ def test_a_volumes_bitmap_is_kept_small_by_larger_blocks() -> None:
     assert memoryview(DirtyBitmap(size, fit_block_size(size, 512))).nbytes <= MAX_BITMAP_BYTES
 
 
-def test_sixteen_tebibytes_cost_only_what_is_touched() -> None:
-    def resident_bytes() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
+
+def test_sixteen_tebibytes_cost_only_what_is_touched() -> None:
     before, size = resident_bytes(), 16 << 40
     bitmap = DirtyBitmap(size)
     bitmap.set_range(size - 1, 1)
@@ -127,6 +143,22 @@ def test_sixteen_tebibytes_cost_only_what_is_touched() -> None:
     assert bitmap.count() == 2
     assert list(bitmap.extents()) == [(4096, 4096), (size - 4096, 4096)]
     assert resident_bytes() - before < 64 << 20  # of 512 MiB
+
+
+def test_what_is_cleared_or_not_common_costs_no_memory() -> None:
+    before, size = resident_bytes(), 1 << 40
+    full, kept, common = (DirtyBitmap(size) for _ in range(3))
+    for each in (full, kept):
+        each.set_all()
+    assert resident_bytes() - before > 60 << 20
+    view = memoryview(full)
+    full.clear()
+    full.set_range(size // 2, 1)
+    common.merge_common(kept, full)
+    kept.clear()
+    assert resident_bytes() - before < 16 << 20
+    assert list(common.extents()) == list(full.extents()) == [(size // 2, 4096)]
+    assert view[size // 2 // 4096 // 64] == 1  # the view is still of the same words
 
 
 def test_the_words_are_a_writable_buffer() -> None:
@@ -159,6 +191,9 @@ def test_bits_past_the_last_block_are_never_believed() -> None:
     assert list(bitmap.extents(gap_bytes=1 << 20)) == [(64 * 4096, 4096)]
     assert marked(DirtyBitmap.loads(bitmap.dumps())) == {64}
     into.merge(bitmap)
+    assert marked(into) == {64}
+    into.clear()
+    into.merge_common(bitmap, bitmap)
     assert marked(into) == {64}
     into.clear()
     assert bitmap.take(into) == 1
