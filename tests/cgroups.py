@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -45,6 +46,17 @@ def blkio_cgroup() -> Iterator[BlkioCgroup]:
         for disk in cgroup.limits():  # they stay with the number of the disk
             cgroup.set(disk, 0)
         _remove(cgroup)
+
+
+@contextmanager
+def resident(cgroup: BlkioCgroup) -> Iterator[None]:
+    """Something that runs in a cgroup until the end of the block."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            cgroup.adopt(process.pid)
+            yield
+        finally:
+            process.kill()
 
 
 def number_of(device: str) -> str:

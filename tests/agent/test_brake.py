@@ -6,7 +6,7 @@ import errno
 import json
 import logging
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -263,12 +263,8 @@ def real(resources: ExitStack) -> cgroups.BlkioCgroup:
 
 
 @pytest.fixture
-def writer(resources: ExitStack, real: cgroups.BlkioCgroup) -> Iterator[subprocess.Popen[bytes]]:
-    """Something that runs in the cgroup."""
-    with subprocess.Popen(["sleep", "600"]) as process:
-        real.adopt(process.pid)
-        yield process
-        process.kill()
+def resident(resources: ExitStack, real: cgroups.BlkioCgroup) -> None:
+    resources.enter_context(cgroups.resident(real))
 
 
 def found(real: cgroups.BlkioCgroup, journal: Path, *paths: str) -> Brake:
@@ -286,7 +282,7 @@ def write_in(cgroup: cgroups.BlkioCgroup, path: str, size_mib: int) -> float:
     return float(done.stderr.rpartition(" copied, ")[2].split()[0])
 
 
-@pytest.mark.usefixtures("writer")
+@pytest.mark.usefixtures("resident")
 def test_writes_slow_down_and_are_as_fast_as_before_afterwards(
     real: cgroups.BlkioCgroup, journal: Path, loop_device: Callable[..., LoopDevice]
 ) -> None:
@@ -305,7 +301,7 @@ def test_writes_slow_down_and_are_as_fast_as_before_afterwards(
     assert slow > 3 * max(free, write_in(real, path, 4))
 
 
-@pytest.mark.usefixtures("writer")
+@pytest.mark.usefixtures("resident")
 def test_partitions_of_one_disk_are_one_limit(
     real: cgroups.BlkioCgroup, journal: Path, loop_device: Callable[..., LoopDevice]
 ) -> None:
@@ -318,7 +314,7 @@ def test_partitions_of_one_disk_are_one_limit(
     brake.lift()
 
 
-@pytest.mark.usefixtures("writer")
+@pytest.mark.usefixtures("resident")
 def test_a_limit_of_a_device_that_was_detached_is_undone(
     real: cgroups.BlkioCgroup, journal: Path
 ) -> None:
@@ -334,11 +330,9 @@ def test_a_real_cgroup_that_was_removed(
     journal: Path, loop_device: Callable[..., LoopDevice]
 ) -> None:
     path = loop_device(MIB).path
-    with cgroups.blkio_cgroup() as real, subprocess.Popen(["sleep", "600"]) as process:
-        real.adopt(process.pid)
+    with cgroups.blkio_cgroup() as real, cgroups.resident(real):
         brake = found(real, journal, path)
         brake.limit(MIB)
-        process.kill()
     brake.lift()
     assert not journal.exists()
 
