@@ -65,6 +65,7 @@ class AgentConfig:
     state_dir: str = "/var/lib/warmsync"
     bpffs_dir: str = "/sys/fs/bpf/warmsync"
     allow_devices: tuple[str, ...] = ()
+    allow_cgroups: tuple[str, ...] = ()
     tls: TlsConfig = field(default_factory=TlsConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -75,6 +76,7 @@ class AgentConfig:
         listen: str | None = None,
         state_dir: str | None = None,
         allow_devices: tuple[str, ...] = (),
+        allow_cgroups: tuple[str, ...] = (),
         tls_cert: str | None = None,
         tls_key: str | None = None,
         tls_ca: str | None = None,
@@ -82,7 +84,7 @@ class AgentConfig:
     ) -> Self:
         """Return the settings with the command line's flags; None is a flag that was not given.
 
-        `allow_devices` are added to the file's; `insecure` turns the file's TLS off.
+        `allow_devices` and `allow_cgroups` are added to the file's; `insecure` turns its TLS off.
         InvalidArgument (INVALID_CONFIG) if both TLS files and `insecure` are given, and whatever
         `validate` raises.
         """
@@ -93,6 +95,7 @@ class AgentConfig:
         config = replace(
             self,
             allow_devices=self.allow_devices + allow_devices,
+            allow_cgroups=self.allow_cgroups + allow_cgroups,
             tls=TlsConfig() if insecure else replace(self.tls, **given),
             **_given(listen=listen, state_dir=state_dir),
         )
@@ -137,8 +140,12 @@ def validate(config: AgentConfig) -> None:
         raise _invalid("state_dir", "", "is empty: name a directory")
     if not config.bpffs_dir.startswith("/"):
         raise _invalid("bpffs_dir", config.bpffs_dir, "is not absolute: start it with /")
-    for pattern in config.allow_devices:
-        _check_pattern(pattern)
+    for key, patterns in (
+        ("allow_devices", config.allow_devices),
+        ("allow_cgroups", config.allow_cgroups),
+    ):
+        for pattern in patterns:
+            _check_pattern(key, pattern)
     _check_range("transfer.read_ahead_frames", config.transfer.read_ahead_frames, 1, 1024)
     _check_range("transfer.threads", config.transfer.threads, 1, 256)
     _check_range("transfer.connections", config.transfer.connections, 1, 64)
@@ -178,15 +185,15 @@ def _normal(path: str) -> str:
     return posixpath.normpath("/" + path.lstrip("/"))
 
 
-def _check_pattern(pattern: str) -> None:
+def _check_pattern(key: str, pattern: str) -> None:
     if not pattern.startswith("/"):
-        raise _invalid("allow_devices", pattern, "is not absolute: start it with /")
+        raise _invalid(key, pattern, "is not absolute: start it with /")
     if "**" in pattern:
         mend = "has **, but no wildcard crosses a /: write one pattern for each depth"
-        raise _invalid("allow_devices", pattern, mend)
+        raise _invalid(key, pattern, mend)
     if _normal(pattern) != pattern or pattern == "/":
         mend = "matches no path: write it without '..', '.', '//' and a '/' at its end"
-        raise _invalid("allow_devices", pattern, mend)
+        raise _invalid(key, pattern, mend)
 
 
 def _check_range(key: str, value: int, lowest: int, highest: int) -> None:
@@ -237,6 +244,7 @@ _KEYS: Mapping[str, Reader] = {
     "state_dir": _text,
     "bpffs_dir": _text,
     "allow_devices": _texts,
+    "allow_cgroups": _texts,
     "tls": _section(TlsConfig, cert=_text, key=_text, ca=_text),
     "transfer": _section(
         TransferConfig,

@@ -148,6 +148,8 @@ def line(migration: Migration) -> str:
         f"dirty rate {format_rate(progress.dirty_rate_bytes_per_second)}",
         _downtime(migration),
     ]
+    if progress.guest_limit_bytes_per_second:
+        facts.append(_guest(migration))
     if progress.stalled:
         facts.append(f"STALLED: {progress.advice}")
     return ", ".join(facts)
@@ -163,6 +165,8 @@ def picture(migration: Migration) -> Group:
         f"  round {progress.rounds}  tracker {tracker_name(migration)}",
     )
     parts: list[Any] = [head, _bar(migration), _figures(migration)]
+    if progress.guest_limit_bytes_per_second:
+        parts.append(Text(_guest(migration), style="yellow"))
     if progress.stalled:
         parts.append(Text(f"stalled: {progress.advice}", style="red"))
     if migration.HasField("error"):
@@ -202,6 +206,10 @@ def _downtime(migration: Migration) -> str:
     return f"predicted downtime not known yet {budget}"
 
 
+def _guest(migration: Migration) -> str:
+    return f"guest throttled to {format_rate(migration.progress.guest_limit_bytes_per_second)}"
+
+
 def _round_share(migration: Migration) -> float:
     progress = migration.progress
     if progress.round_bytes <= 0:
@@ -211,4 +219,10 @@ def _round_share(migration: Migration) -> float:
 
 def _worth_saying(migration: Migration) -> tuple[Any, ...]:
     progress = migration.progress
-    return (migration.state, progress.rounds, progress.stalled, progress.suspect_volumes)
+    return (
+        migration.state,
+        progress.rounds,
+        progress.stalled,
+        progress.suspect_volumes,
+        progress.guest_limit_bytes_per_second,
+    )

@@ -73,6 +73,14 @@ class Volume:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestThrottle:
+    """Leave to slow the writes of a cgroup's processes, to each disk never below `least`."""
+
+    cgroup: str
+    least_bytes_per_second: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What was asked for."""
 
@@ -85,6 +93,7 @@ class Plan:
     limit_bytes_per_second: int = 0
     carrier: CarrierKind = CarrierKind.AUTO
     compress: bool = False
+    guest_throttle: GuestThrottle | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +127,7 @@ class Progress:
     stalled: bool = False
     advice: str = ""
     suspect_volumes: int = 0
+    guest_limit_bytes_per_second: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +218,8 @@ def check_plan(plan: Plan) -> None:
         )
     check_budget(plan.max_downtime_seconds)
     check_limit(plan.limit_bytes_per_second)
+    if plan.guest_throttle is not None:
+        _check_guest_throttle(plan.guest_throttle)
 
 
 def check_budget(max_downtime_seconds: float) -> None:
@@ -231,13 +243,29 @@ def check_limit(limit_bytes_per_second: int) -> None:
         )
 
 
+def _check_guest_throttle(wanted: GuestThrottle) -> None:
+    _check_absolute(wanted.cgroup)
+    least = wanted.least_bytes_per_second
+    if least <= 0:
+        raise InvalidArgument(
+            "INVALID_GUEST_THROTTLE",
+            f"a guest that may be throttled to {least} bytes a second could be stopped; give the "
+            "least rate that it needs, above zero",
+            least_bytes_per_second=least,
+        )
+
+
+def _check_absolute(path: str) -> None:
+    if not path.startswith("/"):
+        raise InvalidArgument(
+            "INVALID_PATH", f"path {path!r} is not absolute; start it with '/'", path=path
+        )
+
+
 def _check_paths(volumes: tuple[Volume, ...]) -> None:
     for volume in volumes:
-        for path in (volume.source, volume.target):
-            if not path.startswith("/"):
-                raise InvalidArgument(
-                    "INVALID_PATH", f"path {path!r} is not absolute; start it with '/'", path=path
-                )
+        _check_absolute(volume.source)
+        _check_absolute(volume.target)
     for side in ("source", "target"):
         paths = [getattr(volume, side) for volume in volumes]
         for path in paths:

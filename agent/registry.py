@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from agent.bell import Bell
 from agent.carrier.port import DataPort
+from agent.brake import Brake, find_brake, undo_left_behind
 from agent.config import AgentConfig
 from agent.device import boot_id, identities
 from agent.disk import OpenSource, SourceDisk, open_source
@@ -68,6 +69,8 @@ class Registry:
         self._taken: dict[tuple[Role, str], list[Identity]] = {}
         self._started = 0
         self._closed = asyncio.Event()
+        self._brakes = Path(config.state_dir) / "brakes"
+        undo_left_behind(self._brakes)
         digest = hashlib.sha256(os.path.realpath(config.state_dir).encode()).hexdigest()
         self._pins = Path(config.bpffs_dir) / digest[:12]
         for name in remove_stale(self._pins):
@@ -231,7 +234,11 @@ class Registry:
         peer: Peer | None = None
         token = ""
         try:
-            self._take(Role.SOURCE, plan.id, [one for s in sources for one in s.identities])
+            brake = await asyncio.to_thread(self._find_brake, plan, sources)
+            wanted = [one for s in sources for one in s.identities]
+            self._take(Role.SOURCE, plan.id, wanted + (brake.identities if brake else []))
+            if brake is not None:
+                await asyncio.to_thread(brake.prove)
             scheme, reason = await asyncio.to_thread(
                 choose_scheme, plan.scheme, [source.device for source in sources]
             )
@@ -245,7 +252,14 @@ class Registry:
         except BaseException as error:
             await self._undo(sources, disks, peer, token, error)
             raise
-        return Prepared(plan, scheme, reason, disks, peer, token)
+        return Prepared(plan, scheme, reason, disks, peer, token, brake)
+
+    def _find_brake(self, plan: Plan, sources: list[OpenSource]) -> Brake | None:
+        if plan.guest_throttle is None:
+            return None
+        devices = [source.device for source in sources]
+        journal = self._brakes / f"{plan.id}.json"
+        return find_brake(plan.guest_throttle, devices, self.config.allow_cgroups, journal)
 
     async def _open_sources(self, plan: Plan) -> list[OpenSource]:
         sources: list[OpenSource] = []

@@ -13,9 +13,11 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from agent.brake import Brake
 from agent.cutover import Cutover, unknown_owner
 from agent.disk import SourceDisk
 from agent.errors import Cancelled, FailedPrecondition, WarmsyncError
+from agent.guest import Guest
 from agent.migration import (
     Comparison,
     Migration,
@@ -49,6 +51,7 @@ class Prepared:
     disks: list[SourceDisk]
     peer: Peer
     token: str
+    brake: Brake | None = None
 
 
 class SourceMigration:
@@ -64,6 +67,7 @@ class SourceMigration:
         self._convergence = Convergence(
             plan.max_downtime_seconds, limit_bytes_per_second=plan.limit_bytes_per_second or None
         )
+        self._guest = Guest(prepared.brake, plan, self._sender.note)
         self.bell = self._sender.bell
         self._wake = asyncio.Event()
         self._at_rest = asyncio.Lock()
@@ -128,6 +132,7 @@ class SourceMigration:
         """Stop reading and sending; tracking goes on."""
         self._move(Event.PAUSE)
         self._sender.pause()
+        self._guest.let_go()
         self._stir()
 
     def resume(self) -> None:
@@ -265,6 +270,8 @@ class SourceMigration:
             marked_bytes=taken.marked_bytes,
         )
         self._judge(verdict)
+        if self.state in (State.SYNCING, State.CONVERGED):  # not once paused meanwhile
+            await self._guest.ease(verdict, self._plan.max_downtime_seconds)
         if taken.dirty_bytes:
             hold_bytes = self._convergence.hold_bytes()
             self._convergence.record(await self._sender.send_dirty(taken, hold_bytes))
@@ -285,6 +292,8 @@ class SourceMigration:
     async def _try_cutover(self) -> None:
         if self._cutover is None:
             raise RuntimeError("no cutover was asked for")
+        # First: writes that the kernel holds back must pass the tracker before the last take.
+        await self._guest.release()
         try:
             await self._cutover.run()
         except FailedPrecondition as error:
@@ -322,6 +331,7 @@ class SourceMigration:
 
     async def _give_up(self, reason: str, *, cancelled: bool) -> None:
         """Release the target and leave the source as it was found; each even if another fails."""
+        await self._guest.release()
         if not self._is_releasing:
             try:
                 await self._sender.on_disks(SourceDisk.unfence)
@@ -343,6 +353,7 @@ class SourceMigration:
             _log.warning('target not told of the end id=%s reason="%s"', self.id, error)
 
     async def _close(self) -> None:
+        await self._guest.release()
         await self._sender.close()
         await self._sender.on_disks(SourceDisk.close)
         await self._prepared.peer.close()

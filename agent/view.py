@@ -67,6 +67,7 @@ def describe(migration: Migration) -> dict[str, Any]:
         "block_size_bytes": migration.block_size_bytes,
         "max_downtime_seconds": migration.max_downtime_seconds,
         "bandwidth_limit_bytes_per_second": migration.bandwidth_limit_bytes_per_second,
+        "guest_throttle": _guest_throttle(migration),
         "incomplete": migration.incomplete,
         "error": _status(migration, "error"),
         "last_refusal": _status(migration, "last_refusal"),
@@ -97,6 +98,7 @@ def _progress(migration: Migration) -> dict[str, Any]:
         "stalled": progress.stalled,
         "advice": progress.advice,
         "suspect_volumes": progress.suspect_volumes,
+        "guest_limit_bytes_per_second": progress.guest_limit_bytes_per_second,
     }
 
 
@@ -151,6 +153,9 @@ def _facts(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Carrier", shown["carrier"] + detail
     limit = shown["bandwidth_limit_bytes_per_second"]
     yield "Bandwidth limit", format_rate(limit) if limit else "none"
+    if throttle := shown["guest_throttle"]:
+        least = format_rate(throttle["least_bytes_per_second"])
+        yield "Guest throttle", f"{throttle['cgroup']}, never below {least}"
     yield from _measurements(shown)
     for label, key in (("Error", "error"), ("Last refusal", "last_refusal")):
         if shown[key]:
@@ -171,6 +176,8 @@ def _measurements(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "", ", ".join(f"{names[name]} {format_seconds(parts[name])}" for name in parts)
     if shown["stalled"]:
         yield "Stalled", shown["advice"]
+    if limit := shown["guest_limit_bytes_per_second"]:
+        yield "Guest", f"throttled: may write {format_rate(limit)} to each disk"
     if shown["suspect_volumes"]:
         yield "Suspect", f"{shown['suspect_volumes']} times a volume had to be sent again"
 
@@ -188,6 +195,16 @@ def _volume(volume: migration_pb2.Volume) -> dict[str, Any]:
         "target": volume.target,
         "size_bytes": volume.size_bytes,
         "block_size_bytes": volume.block_size_bytes,
+    }
+
+
+def _guest_throttle(migration: Migration) -> dict[str, Any] | None:
+    if not migration.HasField("guest_throttle"):
+        return None
+    throttle = migration.guest_throttle
+    return {
+        "cgroup": throttle.cgroup,
+        "least_bytes_per_second": throttle.least_bytes_per_second,
     }
 
 

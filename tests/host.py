@@ -10,6 +10,8 @@ from pathlib import Path
 
 SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 """Where big scratch files go: memory, if there is any."""
+BLKIO = Path("/sys/fs/cgroup/blkio")
+"""The v1 hierarchy that throttles disks."""
 
 
 def _root() -> str | None:
@@ -52,6 +54,14 @@ def _fio() -> str | None:
     return _tool("fio")
 
 
+def _blkio() -> str | None:
+    if _root():
+        return _root()
+    if (BLKIO / "blkio.throttle.write_bps_device").exists():
+        return None
+    return f"no v1 blkio hierarchy mounted at {BLKIO}"
+
+
 def _direct() -> str | None:
     with tempfile.NamedTemporaryFile(dir=SCRATCH, prefix="warmsync-test-") as file:
         try:
@@ -73,6 +83,7 @@ _CHECKS = {
     "bpf": _bpf,
     "nbdkit": _nbdkit,
     "fio": _fio,
+    "blkio": _blkio,
     f"O_DIRECT on {SCRATCH}": _direct,
 }
 

@@ -39,6 +39,13 @@ _VERDICTS = {
     metavar="GLOB",
     help="Devices and files that may be touched; may be repeated. Default: none.",
 )
+@click.option(
+    "--allow-cgroup",
+    "allow_cgroups",
+    multiple=True,
+    metavar="GLOB",
+    help="Cgroups whose writes may be throttled; may be repeated. Default: none.",
+)
 @click.option("--tls-cert", metavar="FILE", help="This agent's certificate, PEM.")
 @click.option("--tls-key", metavar="FILE", help="Its key, PEM.")
 @click.option("--tls-ca", metavar="FILE", help="Certificate of the authority of all agents, PEM.")

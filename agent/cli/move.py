@@ -77,6 +77,19 @@ COMPRESSIONS = {"none": pb.COMPRESSION_NONE, "zstd": pb.COMPRESSION_ZSTD}
     help="zstd, for slow links: frames that gain time by it are compressed (carrier tcp).",
 )
 @click.option(
+    "--guest-cgroup",
+    default=None,
+    metavar="DIR",
+    help="The VM's cgroup on the source: its writes are slowed while the migration is stalled.",
+)
+@click.option(
+    "--guest-least-rate",
+    type=RATE,
+    default=None,
+    metavar="RATE",
+    help="Never slow the VM's writes below this, such as 4M.",
+)
+@click.option(
     "--wait",
     type=click.Choice(["none", "converged"]),
     default="none",
@@ -150,6 +163,8 @@ def _message(
     block_size: int | None,
     carrier: str,
     compression: str,
+    guest_cgroup: str | None,
+    guest_least_rate: int | None,
 ) -> pb.Migration:
     # 0 means "the default" to the agent; a budget or block size of zero is a mistake of the caller.
     if max_downtime == 0:
@@ -165,7 +180,22 @@ def _message(
         block_size_bytes=block_size or 0,
         carrier=CARRIERS[carrier],
         compression=COMPRESSIONS[compression],
+        guest_throttle=_guest_throttle(guest_cgroup, guest_least_rate),
     )
+
+
+def _guest_throttle(cgroup: str | None, least_rate: int | None) -> pb.GuestThrottle | None:
+    if cgroup is None and least_rate is None:
+        return None
+    if cgroup is None or least_rate is None:
+        raise click.UsageError(
+            "--guest-cgroup and --guest-least-rate go together: whose writes, and how slow at most"
+        )
+    if not cgroup.startswith("/"):
+        raise click.UsageError(f"--guest-cgroup {cgroup} is not absolute: start it with /")
+    if least_rate == 0:
+        raise click.UsageError("--guest-least-rate 0 would stop the guest: give a rate such as 4M")
+    return pb.GuestThrottle(cgroup=cgroup, least_bytes_per_second=least_rate)
 
 
 def _print_started(agent: Agent, migration: pb.Migration, *, converged: bool) -> None:

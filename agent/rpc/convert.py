@@ -9,6 +9,7 @@ from agent.errors import InvalidArgument
 from agent.migration import (
     CarrierKind,
     Comparison,
+    GuestThrottle,
     Migration,
     Plan,
     Progress,
@@ -78,6 +79,9 @@ def to_plan(request: migration_service_pb2.CreateMigrationRequest, chosen_id: st
         limit_bytes_per_second=wanted.bandwidth_limit_bytes_per_second,
         carrier=carrier,
         compress=wanted.compression == migration_pb2.COMPRESSION_ZSTD,
+        guest_throttle=_to_throttle(wanted.guest_throttle)
+        if wanted.HasField("guest_throttle")
+        else None,
     )
 
 
@@ -110,6 +114,8 @@ def to_message(migration: Migration) -> migration_pb2.Migration:
     )
     if migration.scheme is not None:
         message.tracker = _TRACKERS[migration.scheme]
+    if plan.guest_throttle is not None:
+        message.guest_throttle.CopyFrom(_throttle(plan.guest_throttle))
     if migration.carrier:
         message.carrier = _CARRIERS[migration.carrier]
     if migration.error is not None:
@@ -152,6 +158,7 @@ def _progress(progress: Progress) -> migration_pb2.Progress:
         stalled=progress.stalled,
         advice=progress.advice,
         suspect_volumes=progress.suspect_volumes,
+        guest_limit_bytes_per_second=progress.guest_limit_bytes_per_second,
     )
     if progress.downtime_seconds is not None:
         message.downtime_parts.CopyFrom(
@@ -166,6 +173,16 @@ def _progress(progress: Progress) -> migration_pb2.Progress:
             )
         )
     return message
+
+
+def _to_throttle(message: migration_pb2.GuestThrottle) -> GuestThrottle:
+    return GuestThrottle(message.cgroup, message.least_bytes_per_second)
+
+
+def _throttle(throttle: GuestThrottle) -> migration_pb2.GuestThrottle:
+    return migration_pb2.GuestThrottle(
+        cgroup=throttle.cgroup, least_bytes_per_second=throttle.least_bytes_per_second
+    )
 
 
 def _volume(volume: Volume) -> migration_pb2.Volume:

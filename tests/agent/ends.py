@@ -14,6 +14,7 @@ import pytest
 
 from agent import disk as disk_module
 from agent.bell import Bell
+from agent.brake import Brake
 from agent.carrier import Carrier, CarrierRequest
 from agent.disk import SourceDisk, open_source
 from agent.errors import WarmsyncError
@@ -194,9 +195,9 @@ class Source:
             self._sender.use(self.carrier)
         return self._sender
 
-    def migration(self) -> SourceMigration:
+    def migration(self, brake: Brake | None = None) -> SourceMigration:
         """Return the migration, not yet started."""
-        prepared = Prepared(self.plan, Scheme.SCAN, "", self.disks, self.peer, "token")
+        prepared = Prepared(self.plan, Scheme.SCAN, "", self.disks, self.peer, "token", brake)
         return SourceMigration(prepared, self.workshop)
 
     def write(self, offset: int, data: bytes, volume: int = 0) -> None:

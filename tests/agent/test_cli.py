@@ -18,6 +18,7 @@ from warmsync.v1 import migration_service_pb2 as service
 from agent.cli import cli
 from agent.cli.types import parse_volume
 from agent.errors import InvalidArgument
+from agent.view import describe, page
 from tests.agent.fake_agent import FakeAgent, failed, pretending
 from tests.agent.messages import migration
 
@@ -104,6 +105,10 @@ def test_the_list_of_commands_is_readable() -> None:
         (*MIGRATE, "--block-size", "0"),
         (*MIGRATE, "--bandwidth-limit", "-1"),
         (*MIGRATE, "--timeout", "1s"),
+        (*MIGRATE, "--guest-cgroup", "/vm"),
+        (*MIGRATE, "--guest-least-rate", "1M"),
+        (*MIGRATE, "--guest-cgroup", "vm", "--guest-least-rate", "1M"),
+        (*MIGRATE, "--guest-cgroup", "/vm", "--guest-least-rate", "0"),
         ("update", "x"),
         ("completion", "tcsh"),
     ],
@@ -159,6 +164,7 @@ def test_errors_of_the_agent(fake: FakeAgent) -> None:
 def test_migrate_sends_what_was_asked_for(fake: FakeAgent) -> None:
     options = ["--id", "web7", "--tracker", "scan", "--max-downtime", "250ms", "--volume"]
     options += ["/img/c:/img/d", "--bandwidth-limit", "10M", "--block-size", "64K"]
+    options += ["--guest-cgroup", "/sys/fs/cgroup/vm", "--guest-least-rate", "4M"]
     shown = answer(*MIGRATE, *options, agent=fake)
     assert (shown["id"], shown["state"]) == ("web7", "PENDING")
     (request,) = fake.requests
@@ -171,6 +177,8 @@ def test_migrate_sends_what_was_asked_for(fake: FakeAgent) -> None:
     assert asked.max_downtime_seconds == 0.25
     assert asked.bandwidth_limit_bytes_per_second == 10 << 20
     assert asked.block_size_bytes == 64 << 10
+    throttle = pb.GuestThrottle(cgroup="/sys/fs/cgroup/vm", least_bytes_per_second=4 << 20)
+    assert asked.guest_throttle == throttle
 
 
 def test_migrate_leaves_defaults_to_the_agent(fake: FakeAgent) -> None:
@@ -180,6 +188,7 @@ def test_migrate_leaves_defaults_to_the_agent(fake: FakeAgent) -> None:
     asked = fake.requests[0].migration
     assert (asked.HasField("max_downtime_seconds"), asked.block_size_bytes) == (False, 0)
     assert asked.tracker == pb.TRACKER_AUTO
+    assert not asked.HasField("guest_throttle")
 
 
 def test_migrate_waits_until_converged(fake: FakeAgent) -> None:
@@ -306,6 +315,23 @@ def test_show(fake: FakeAgent) -> None:
     text = invoke("show", "web1", agent=fake).stdout
     for part in ("/dev/a -> /dev/b (2.0 GiB", "ebpf (block devices)", "~180 ms (budget 500 ms)"):
         assert part in text
+
+
+def test_a_throttled_guest_is_shown() -> None:
+    message = migration(guest_limit_bytes_per_second=8 << 20)
+    assert describe(message)["guest_throttle"] is None
+    message.guest_throttle.CopyFrom(
+        pb.GuestThrottle(cgroup="/sys/fs/cgroup/vm", least_bytes_per_second=4 << 20)
+    )
+    shown = describe(message)
+    assert shown["guest_limit_bytes_per_second"] == 8 << 20
+    assert shown["guest_throttle"] == {
+        "cgroup": "/sys/fs/cgroup/vm",
+        "least_bytes_per_second": 4 << 20,
+    }
+    text = page(message)
+    assert "/sys/fs/cgroup/vm, never below 4.0 MiB/s" in text
+    assert "throttled: may write 8.0 MiB/s to each disk" in text
 
 
 def test_watch(fake: FakeAgent) -> None:

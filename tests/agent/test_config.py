@@ -26,6 +26,7 @@ listen = "[::]:7171"
 state_dir = "/srv/state"
 bpffs_dir = "/run/bpf"
 allow_devices = ["/dev/vg0/*", "/srv/images/*.raw"]
+allow_cgroups = ["/sys/fs/cgroup/machine.slice/*"]
 [tls]
 cert = "c"
 key = "k"
@@ -60,6 +61,8 @@ REFUSED = {
     "allow_devices = ['/dev/vg/']": ("INVALID_CONFIG", "matches no path"),
     "allow_devices = ['/']": ("INVALID_CONFIG", "matches no path"),
     "allow_devices = ['']": ("INVALID_CONFIG", "is not absolute"),
+    "allow_cgroups = '/sys'": ("INVALID_CONFIG", "allow_cgroups = '/sys' is not a list"),
+    "allow_cgroups = ['vm']": ("INVALID_CONFIG", "allow_cgroups = 'vm' is not absolute"),
     "tls = 1": ("INVALID_CONFIG", "tls = 1 is not a section"),
     "[tls]\ncert = 'c'": ("INVALID_CONFIG", "tls.key"),
     "[tls]\ncert = 'c'\nkey = 'k'": ("INVALID_CONFIG", "tls.ca"),
@@ -110,6 +113,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         state_dir="/srv/state",
         bpffs_dir="/run/bpf",
         allow_devices=("/dev/vg0/*", "/srv/images/*.raw"),
+        allow_cgroups=("/sys/fs/cgroup/machine.slice/*",),
         tls=TlsConfig("c", "k", "a"),
         transfer=TransferConfig(2, 1),
         limits=LimitsConfig(3, 100 << 20),
@@ -155,6 +159,8 @@ def test_flags_go_over_the_file() -> None:
     assert flags.listen == "127.0.0.1:2"
     assert flags.allow_devices == ("/dev/a", "/dev/b")
     assert flags.state_dir == file.state_dir
+    both = AgentConfig(allow_cgroups=("/a",)).merged(allow_cgroups=("/b",))
+    assert both.allow_cgroups == ("/a", "/b")
     assert AgentConfig().merged() == AgentConfig()
 
 

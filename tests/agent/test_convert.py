@@ -13,6 +13,7 @@ from agent.migration import (
     Comparison,
     DowntimeParts,
     Event,
+    GuestThrottle,
     Migration,
     Mismatch,
     Plan,
@@ -26,8 +27,8 @@ from agent.rpc.errors import from_status
 from agent.state import State
 
 VOLUMES = (Volume("/dev/a", "/dev/b", 1 << 30, 4096), Volume("/dev/c", "/dev/d", 1 << 20, 65536))
-PLAN = Plan("web1", "peer:7070", VOLUMES, Scheme.EBPF, 8192, 0.25, 1 << 20)
-NUMBERS = Progress(1, 2, 3, 4, 5, 6, 7.5, 8.5, 0.5, None, DowntimeParts(), True, "wait", 9)
+PLAN = Plan("web1", "peer:7070", VOLUMES, Scheme.EBPF, 8192, 0.25, 1 << 20, GuestThrottle("/vm", 7))
+NUMBERS = Progress(1, 2, 3, 4, 5, 6, 7.5, 8.5, 0.5, None, DowntimeParts(), True, "wait", 9, 10)
 SEEN = Migration(
     plan=PLAN,
     role=Role.SOURCE,
@@ -52,6 +53,10 @@ def test_what_is_absent_is_the_default() -> None:
     assert plan == Plan("chosen", "", ())
     zero = service.CreateMigrationRequest(migration=pb.Migration(max_downtime_seconds=0.0))
     assert to_plan(zero, "chosen").max_downtime_seconds == 0.0
+    empty = pb.Migration(guest_throttle=pb.GuestThrottle())
+    asked = service.CreateMigrationRequest(migration=empty)
+    assert to_plan(asked, "chosen").guest_throttle == GuestThrottle("", 0)
+    assert not to_message(replace(SEEN, plan=plan)).HasField("guest_throttle")
 
 
 @pytest.mark.parametrize("scheme", list(Scheme))

@@ -91,6 +91,17 @@ def test_stalling_is_news_with_its_advice() -> None:
     assert "STALLED: raise the limit [or] wait" in out.getvalue().splitlines()[1]
 
 
+def test_a_slowed_guest_is_news() -> None:
+    (console, out), clock = recorder(), Clock()
+    slowed = migration(guest_limit_bytes_per_second=3 << 20)
+    with LineDisplay(console, clock) as display:
+        display.update(migration())
+        clock.now += 2
+        display.update(slowed)
+    assert ", guest throttled to 3.0 MiB/s" in out.getvalue().splitlines()[1]
+    assert "guest throttled to 3.0 MiB/s" in text_of(slowed)
+
+
 def test_a_picture_shows_rounds_rates_and_the_bar() -> None:
     text = text_of(migration())
     for part in (

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import InvalidArgument
-from agent.migration import Identity, Plan, Volume, check_id, check_plan
+from agent.migration import GuestThrottle, Identity, Plan, Volume, check_id, check_plan
 
 PLAN = Plan("web1", "peer:1", (Volume("/dev/a", "/dev/b"),))
 
@@ -17,6 +17,7 @@ PLAN = Plan("web1", "peer:1", (Volume("/dev/a", "/dev/b"),))
 def test_a_good_plan() -> None:
     check_plan(PLAN)
     check_plan(replace(PLAN, block_size_bytes=16 << 20, limit_bytes_per_second=1))
+    check_plan(replace(PLAN, guest_throttle=GuestThrottle("/sys/fs/cgroup/vm", 1)))
     check_plan(replace(PLAN, volumes=(*PLAN.volumes, Volume("/dev/c", "/dev/a"))))
 
 
@@ -43,6 +44,10 @@ def test_a_good_plan() -> None:
         ({"max_downtime_seconds": float("inf")}, "INVALID_BUDGET"),
         ({"max_downtime_seconds": float("nan")}, "INVALID_BUDGET"),
         ({"limit_bytes_per_second": -1}, "INVALID_LIMIT"),
+        ({"guest_throttle": GuestThrottle("vm", 1)}, "INVALID_PATH"),
+        ({"guest_throttle": GuestThrottle("", 1)}, "INVALID_PATH"),
+        ({"guest_throttle": GuestThrottle("/vm", 0)}, "INVALID_GUEST_THROTTLE"),
+        ({"guest_throttle": GuestThrottle("/vm", -1)}, "INVALID_GUEST_THROTTLE"),
     ],
     ids=str,
 )
