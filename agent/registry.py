@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from agent.bell import Bell
-from agent.carrier.port import DataPort
 from agent.brake import Brake, find_brake, undo_left_behind
+from agent.carrier.port import DataPort
 from agent.config import AgentConfig
 from agent.device import boot_id, identities
 from agent.disk import OpenSource, SourceDisk, open_source

@@ -68,7 +68,7 @@ class TcpCarrier:
         try:
             self._sender.check()
         except ConnectionLost as error:
-            raise _lost(error.strerror) from error
+            raise _lost(str(error.strerror)) from error
 
     async def send(self, frame: bytes) -> None:
         """See `agent.carrier.Carrier`."""
@@ -146,7 +146,7 @@ class TcpCarrier:
             await self._explain()
         except WarmsyncError as reason:
             return reason
-        return _lost(error.strerror)
+        return _lost(str(error.strerror))
 
     async def _tick(self, tick: Callable[[int, int], None]) -> None:
         while True:

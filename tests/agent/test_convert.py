@@ -10,6 +10,7 @@ from warmsync.v1 import migration_service_pb2 as service
 
 from agent.errors import FailedPrecondition, InvalidArgument
 from agent.migration import (
+    CarrierKind,
     Comparison,
     DowntimeParts,
     Event,
@@ -27,7 +28,18 @@ from agent.rpc.errors import from_status
 from agent.state import State
 
 VOLUMES = (Volume("/dev/a", "/dev/b", 1 << 30, 4096), Volume("/dev/c", "/dev/d", 1 << 20, 65536))
-PLAN = Plan("web1", "peer:7070", VOLUMES, Scheme.EBPF, 8192, 0.25, 1 << 20, GuestThrottle("/vm", 7))
+PLAN = Plan(
+    "web1",
+    "peer:7070",
+    VOLUMES,
+    Scheme.EBPF,
+    8192,
+    0.25,
+    1 << 20,
+    carrier=CarrierKind.TCP,
+    compress=True,
+    guest_throttle=GuestThrottle("/vm", 7),
+)
 NUMBERS = Progress(1, 2, 3, 4, 5, 6, 7.5, 8.5, 0.5, None, DowntimeParts(), True, "wait", 9, 10)
 SEEN = Migration(
     plan=PLAN,
@@ -37,7 +49,8 @@ SEEN = Migration(
     scheme_reason="block devices",
     progress=NUMBERS,
     history=(Event(State.PENDING, 1_700_000_000.25), Event(State.SYNCING, 1_700_000_001.5)),
-    carrier="grpc",
+    carrier="tcp",
+    carrier_detail="4 connections",
 )
 
 

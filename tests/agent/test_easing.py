@@ -124,9 +124,17 @@ class Eased(Convergence):
         self.limit = 0
 
     def look(
-        self, dirty_bytes: int, now_seconds: float, since_seconds: float, take_seconds: float
+        self,
+        dirty_bytes: int,
+        now_seconds: float,
+        since_seconds: float,
+        take_seconds: float,
+        *,
+        marked_bytes: int | None = None,
     ) -> Verdict:
-        verdict = super().look(dirty_bytes, now_seconds, since_seconds, take_seconds)
+        verdict = super().look(
+            dirty_bytes, now_seconds, since_seconds, take_seconds, marked_bytes=marked_bytes
+        )
         self.limit = self.easing.decide(verdict, self.budget, now_seconds)
         return verdict
 

@@ -45,9 +45,9 @@ async def refusal_of(rig: Rig, *frames: bytes, token: str | None = None) -> Warm
         carrier = await rig.open_carrier(token)
     except WarmsyncError as error:
         return error
-    error = await failure_of(carrier, *frames)
+    learned = await failure_of(carrier, *frames)
     await carrier.close()
-    return error
+    return learned
 
 
 async def failure_of(carrier: Carrier, *frames: bytes, generation: int = 1) -> WarmsyncError:
