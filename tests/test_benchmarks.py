@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks import devices
 from benchmarks.__main__ import BENCHMARKS, run
-from benchmarks.agents import migration, pair
+from benchmarks.agents import pair
 from benchmarks.measure import (
     Figure,
     ImpossibleError,
@@ -26,6 +26,7 @@ from benchmarks.measure import (
     between_neighbours,
     steps,
 )
+from benchmarks.moves import migration
 from benchmarks.report import (
     BEGIN,
     END,
