@@ -13,7 +13,17 @@ from typing import NoReturn, Protocol, cast
 import click
 from rich.console import Console
 
-from benchmarks import full_copy, machine, memory, scan_speed, sparse, take, tls_copy, tracking
+from benchmarks import (
+    delta,
+    full_copy,
+    machine,
+    memory,
+    scan_speed,
+    sparse,
+    take,
+    tls_copy,
+    tracking,
+)
 from benchmarks.measure import Figure, ImpossibleError, Options
 from benchmarks.report import Outcome, Report, print_outcome, to_json, write_markdown
 
@@ -28,7 +38,7 @@ class Benchmark(Protocol):
         """Yield figures. ImpossibleError if this host lacks something, RuntimeError if it fails."""
 
 
-MODULES = (tracking, take, scan_speed, full_copy, tls_copy, memory, sparse)
+MODULES = (tracking, take, scan_speed, full_copy, tls_copy, delta, memory, sparse)
 BENCHMARKS = {module.NAME: cast(Benchmark, module) for module in MODULES}
 
 
