@@ -16,6 +16,7 @@ from rich.console import Console
 from benchmarks import (
     delta,
     full_copy,
+    live,
     machine,
     memory,
     scan_speed,
@@ -38,7 +39,7 @@ class Benchmark(Protocol):
         """Yield figures. ImpossibleError if this host lacks something, RuntimeError if it fails."""
 
 
-MODULES = (tracking, take, scan_speed, full_copy, tls_copy, delta, memory, sparse)
+MODULES = (tracking, take, scan_speed, full_copy, tls_copy, delta, live, memory, sparse)
 BENCHMARKS = {module.NAME: cast(Benchmark, module) for module in MODULES}
 
 

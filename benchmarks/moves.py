@@ -38,11 +38,11 @@ class Move:
         return found
 
     def wait(self, ready: Callable[[pb.Migration], bool], timeout_seconds: float) -> pb.Migration:
-        """Look until `ready`; RuntimeError when it takes too long."""
+        """Look until `ready`; TimeoutError when it takes too long."""
         deadline = time.monotonic() + timeout_seconds
         while not ready(found := self.look()):
             if time.monotonic() > deadline:
-                raise RuntimeError(f"not there after {timeout_seconds} s: {found}")
+                raise TimeoutError(f"not there after {timeout_seconds} s: {found}")
             time.sleep(_POLL_SECONDS)
         return found
 
