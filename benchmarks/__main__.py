@@ -16,6 +16,7 @@ from rich.console import Console
 from benchmarks import (
     delta,
     full_copy,
+    link,
     live,
     machine,
     memory,
@@ -39,7 +40,7 @@ class Benchmark(Protocol):
         """Yield figures. ImpossibleError if this host lacks something, RuntimeError if it fails."""
 
 
-MODULES = (tracking, take, scan_speed, full_copy, tls_copy, delta, live, memory, sparse)
+MODULES = (tracking, take, scan_speed, full_copy, tls_copy, delta, live, link, memory, sparse)
 BENCHMARKS = {module.NAME: cast(Benchmark, module) for module in MODULES}
 
 

@@ -21,6 +21,12 @@ class Certificates:
     ca: Path
     qemu_directory: Path
 
+    @classmethod
+    def of(cls, directory: Path) -> Certificates:
+        """Return those of a directory that `certificates` has made."""
+        cert, key = directory / "server-cert.pem", directory / "server-key.pem"
+        return cls(cert, key, directory / "ca-cert.pem", directory)
+
     @property
     def options(self) -> list[str]:
         """Return the words that `warmsync` takes them with."""
@@ -39,5 +45,4 @@ def certificates(*hosts: str) -> Iterator[Certificates]:
         for end in ("server", "client"):
             (directory / f"{end}-cert.pem").write_bytes(chain)
             (directory / f"{end}-key.pem").write_bytes(issued.private_key_pem.bytes())
-        cert, key = directory / "server-cert.pem", directory / "server-key.pem"
-        yield Certificates(cert, key, directory / "ca-cert.pem", directory)
+        yield Certificates.of(directory)

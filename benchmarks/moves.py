@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import grpc
+from google.protobuf.json_format import ParseDict
 from warmsync.v1 import migration_pb2 as pb
 from warmsync.v1 import migration_service_pb2 as service_pb
 from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
@@ -14,10 +15,8 @@ from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
 from benchmarks.agents import Agent
 from benchmarks.contender import OURS, Contender, Copied
 
-TRACKERS = {"ebpf": pb.TRACKER_EBPF, "scan": pb.TRACKER_SCAN}
 _POLL_SECONDS = 0.05
 _ENDED = (pb.STATE_FAILED, pb.STATE_CANCELLED)
-_CONVERGED = (pb.STATE_CONVERGED, pb.STATE_CUTTING_OVER, pb.STATE_CUT_OVER)
 
 
 class Move:
@@ -84,16 +83,16 @@ class Move:
 
 @contextmanager
 def migration(
-    sender: Agent, receiver: Agent, source: str, target: str, tracker: str = "ebpf"
+    sender: Agent, receiver: Agent, source: str, target: str, *, compress: bool | None = None
 ) -> Iterator[Move]:
-    """A migration of one volume; cancelled or rolled back at the end."""
+    """A migration of one volume; cancelled or rolled back at the end. `compress`: None: unsaid."""
     asked = pb.Migration(
         peer=receiver.address,
         volumes=[pb.Volume(source=source, target=target)],
-        tracker=TRACKERS[tracker],
+        tracker=pb.TRACKER_EBPF,
         max_downtime_seconds=0.5,
     )
-    _choose(asked)
+    _choose(asked, compress)
     with sender.channel() as channel:
         stub = MigrationServiceStub(channel)
         # Before the clock starts: a controller has its connection open.
@@ -123,8 +122,14 @@ def contender(sender: Agent, receiver: Agent) -> Contender:
     return Contender(OURS, copy)
 
 
-def _choose(_asked: pb.Migration) -> None:
-    """Say in the request how the data is to travel. Nothing: the agents choose the carrier."""
+def _choose(asked: pb.Migration, compress: bool | None) -> None:
+    """Say in a request how the data is to travel; the agents choose the carrier.
+
+    A build that cannot compress has no such field: it is measured as it is.
+    """
+    if compress is not None and "compression" in asked.DESCRIPTOR.fields_by_name:
+        # By name: such a build's enum is not in this one's types.
+        ParseDict({"compression": f"COMPRESSION_{'ZSTD' if compress else 'NONE'}"}, asked)
 
 
 def _entered(found: pb.Migration, state: int) -> float:
