@@ -43,7 +43,7 @@ Runs = dict[str, list[float]]
 
 def measure(options: Options) -> Iterator[Figure]:
     """Yield times and ratios. Each contender gets a new change of the same blocks."""
-    size = options.pick(2 * GIB, 64 * MIB)
+    size = options.pick(2 * GIB, 16 * MIB)
     require_devices(2 * size + GIB // 2)
     require_ebpf()
     rsync.require_rsync()

@@ -23,7 +23,7 @@ TITLE = "full copy (70% random, 20% zero, 10% text) between two loop devices, in
 
 def measure(options: Options) -> Iterator[Figure]:
     """Yield ratios, speeds and processor times."""
-    size = options.pick(2 * GIB, 64 * MIB)
+    size = options.pick(2 * GIB, 16 * MIB)
     require_devices(2 * size + GIB // 2)
     require_ebpf()
     qemu.require_qemu()

@@ -36,7 +36,6 @@ from benchmarks.qemu import Setting
 NAME = "live"
 TITLE = "move of a disk under 4 KiB random writes, 90% of them to an eighth of it"
 RATES_MIB = (5, 20, 80)
-_WARM_SECONDS = 1.0
 _CATCH_UP_SECONDS = 120.0
 """How long a mirror may take to be ready once nothing is written any more."""
 
@@ -49,6 +48,7 @@ class Stage:
     target: str
     size_bytes: int
     rate_bytes: int
+    warm_seconds: float
     before_seconds: float
     limit_seconds: float
     after_seconds: float
@@ -69,11 +69,11 @@ Contender = Callable[[Stage], Lived]
 
 def measure(options: Options) -> Iterator[Figure]:
     """Yield, for each rate: time, bytes, downtime, and what the guest noticed."""
-    size = options.pick(2 * GIB, 64 * MIB)
+    size = options.pick(2 * GIB, 16 * MIB)
     require_devices(2 * size + GIB)
     require_ebpf()
     mirror.require_mirror()
-    times = (0.5, 5.0, 0.5) if options.quick else (3.0, 40.0, 3.0)
+    times = (0.3, 0.3, 5.0, 0.3) if options.quick else (1.0, 3.0, 40.0, 3.0)
     rates = RATES_MIB[:1] if options.quick else RATES_MIB
     runs: dict[int, dict[str, list[Lived]]] = {rate: {} for rate in rates}
     with (
@@ -165,7 +165,7 @@ def _mirror(mode: str, setting: Setting) -> Contender:
 
 def _warm(writer: Guest, stage: Stage) -> Watch:
     """Let the guest write alone for a while; the move starts when this returns."""
-    time.sleep(_WARM_SECONDS)
+    time.sleep(stage.warm_seconds)
     watch = Watch(writer)
     time.sleep(stage.before_seconds)
     watch.started = time.time()
