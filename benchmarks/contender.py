@@ -17,11 +17,12 @@ OURS = "warmsync"
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """One copy: its time, and the processor time of both ends."""
+    """One copy: its time, the processor time of both ends, and what a reader should know."""
 
     seconds: float
     sender_cpu_seconds: float
     receiver_cpu_seconds: float
+    note: str = ""
 
     @property
     def cpu_seconds(self) -> float:
@@ -100,7 +101,8 @@ def _ratios(theirs: Sequence[float], ours: Sequence[Copied]) -> Spread:
 
 
 def _costs(name: str, size: int, runs: list[Copied]) -> Iterator[Figure]:
-    yield Figure(f"{name}: speed", "GB/s", Spread.of(size / one.seconds / 1e9 for one in runs))
+    speed = Spread.of(size / one.seconds / 1e9 for one in runs)
+    yield Figure(f"{name}: speed", "GB/s", speed, note=runs[-1].note)
     for end, used in (
         ("source", [one.sender_cpu_seconds for one in runs]),
         ("target", [one.receiver_cpu_seconds for one in runs]),

@@ -117,7 +117,8 @@ def contender(sender: Agent, receiver: Agent) -> Contender:
         with migration(sender, receiver, source, target) as move:
             seconds = move.seed_seconds()
             used = sender.cpu_seconds() - sent, receiver.cpu_seconds() - received
-        return Copied(seconds, *used)
+            carrier = pb.Carrier.Name(move.look().carrier).removeprefix("CARRIER_").lower()
+        return Copied(seconds, *used, f"carrier {carrier}")
 
     return Contender(OURS, copy)
 
