@@ -13,7 +13,19 @@ from typing import NoReturn, Protocol, cast
 import click
 from rich.console import Console
 
-from benchmarks import full_copy, machine, memory, scan_speed, sparse, take, tracking
+from benchmarks import (
+    delta,
+    full_copy,
+    link,
+    live,
+    machine,
+    memory,
+    scan_speed,
+    sparse,
+    take,
+    tls_copy,
+    tracking,
+)
 from benchmarks.measure import Figure, ImpossibleError, Options
 from benchmarks.report import Outcome, Report, print_outcome, to_json, write_markdown
 
@@ -28,7 +40,7 @@ class Benchmark(Protocol):
         """Yield figures. ImpossibleError if this host lacks something, RuntimeError if it fails."""
 
 
-MODULES = (tracking, take, scan_speed, full_copy, memory, sparse)
+MODULES = (tracking, take, scan_speed, full_copy, tls_copy, delta, live, link, memory, sparse)
 BENCHMARKS = {module.NAME: cast(Benchmark, module) for module in MODULES}
 
 
@@ -37,12 +49,15 @@ BENCHMARKS = {module.NAME: cast(Benchmark, module) for module in MODULES}
 @click.option("--rounds", type=click.IntRange(1), help="Repetitions; default: each its own.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write JSON there.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Write Markdown there.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Write a picture (SVG) there.")
 @click.option("--quick", is_flag=True, help="Tiny sizes: tries the machinery, measures nothing.")
 def main(
     names: tuple[str, ...],
+    *,
     rounds: int | None,
     json_file: Path | None,
     markdown: Path | None,
+    picture: Path | None,
     quick: bool,
 ) -> None:
     """Measure what the product must do. Without names: everything.
@@ -61,6 +76,10 @@ def main(
         json_file.write_text(json.dumps(to_json(report), indent=2) + "\n")
     if markdown is not None:
         write_markdown(markdown, report)
+    if picture is not None:
+        from benchmarks.picture import draw  # matplotlib is large: only for who wants it
+
+        draw(picture, report)
     if report.unmet and not quick:
         raise click.ClickException(f"goals missed: {'; '.join(report.unmet)}")
 

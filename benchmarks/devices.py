@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import string
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 from agent.tracker.choice import ebpf_obstacle
@@ -25,6 +28,9 @@ TIB = 1 << 40
 
 _TEXT = b"The quick brown fox jumps over the lazy dog, round after round, 0123456789.\n"
 _PIECES = 10
+_SEED = 20
+_VOCABULARY = 5000
+_TEXT_PIECES = 8
 
 
 def run(*command: str) -> str:
@@ -123,6 +129,25 @@ def check_equal(first: str, second: str) -> None:
 def fill_random(path: Path, size_bytes: int) -> None:
     """Write random bytes, each MiB another."""
     _fill(path, [os.urandom(MIB) for _ in range(64)], size_bytes)
+
+
+def fill_text(path: Path, size_bytes: int) -> None:
+    """Write lines as of a log: words of a vocabulary, some far more often than others, numbers."""
+    chance = random.Random(_SEED)
+    words = [_word(chance) for _ in range(_VOCABULARY)]
+    weights = list(accumulate(1 / rank for rank in range(1, _VOCABULARY + 1)))
+    pieces = []
+    for _ in range(_TEXT_PIECES):
+        text = bytearray()
+        while len(text) < MIB:
+            line = " ".join(chance.choices(words, cum_weights=weights, k=12))
+            text += f"{chance.randrange(10**9)} {line}\n".encode()
+        pieces.append(bytes(text[:MIB]))
+    _fill(path, pieces, size_bytes)
+
+
+def _word(chance: random.Random) -> str:
+    return "".join(chance.choices(string.ascii_lowercase, k=chance.randint(2, 10)))
 
 
 def fill_mixed(path: Path, size_bytes: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agent.extent import pack
 from agent.tracker.scan import ScanTracker
-from benchmarks.agents import Agent, Move, migration, pair
+from benchmarks.agents import Agent, pair
 from benchmarks.devices import (
     GIB,
     MIB,
@@ -22,6 +22,7 @@ from benchmarks.devices import (
     scratch_directory,
 )
 from benchmarks.measure import Figure, Options, Spread, at_most
+from benchmarks.moves import Move, migration
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
 from native.chunk import CHUNK_BYTES

@@ -1,12 +1,7 @@
-"""The contender: `qemu-img convert` to `qemu-nbd`, over TCP on the loopback."""
+"""Contenders over NBD: qemu-img and nbdcopy, to qemu-nbd, over TCP on the loopback."""
 
 from __future__ import annotations
 
-import os
-import resource
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,85 +9,98 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.agents import cpu_seconds
-from benchmarks.devices import require_tools, run, scratch_directory
-
-_START_SECONDS = 20.0
+from benchmarks.certificates import Certificates
+from benchmarks.compiler import build
+from benchmarks.contender import Contender, Copied
+from benchmarks.devices import require_tools
+from benchmarks.processes import cpu_seconds, free_port, listens_on, run_measured, server
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
-    """One copy: its time, and the processor time of both ends."""
+class Setting:
+    """How a copy travels. `preload`: a library for the server's sockets; `tls`: or in the clear."""
 
-    seconds: float
-    sender_cpu_seconds: float
-    receiver_cpu_seconds: float
+    preload: Path | None = None
+    tls: Certificates | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the server is started with."""
+        return {"LD_PRELOAD": str(self.preload)} if self.preload else {}
 
 
 def require_qemu() -> None:
-    """Raise ImpossibleError unless both tools are there."""
-    require_tools("qemu-img", "qemu-nbd")
-
-
-def version() -> str:
-    """Return "qemu-img version 7.2.1"."""
-    return run("qemu-img", "--version").splitlines()[0].split(" (")[0]
-
-
-def copy(source: str, target: str, *, nodelay: Path | None = None) -> Copied:
-    """Copy a device to another. `nodelay`: a library to preload into the server."""
-    with _server(target, nodelay) as (server, port):
-        command = ["qemu-img", "convert", "-n", "-W", "-m", "16", "-t", "none", "-T", "none"]
-        command += ["-f", "raw", "-O", "raw", source, f"nbd://127.0.0.1:{port}/"]
-        served, used = cpu_seconds(server), _children_seconds()
-        started = time.monotonic()
-        run(*command)
-        seconds = time.monotonic() - started
-        return Copied(seconds, _children_seconds() - used, cpu_seconds(server) - served)
+    """Raise ImpossibleError unless all tools are there."""
+    require_tools("qemu-img", "qemu-nbd", "nbdcopy", "cc")
 
 
 @contextmanager
 def nodelay_library() -> Iterator[Path]:
     """The path of a library that sets TCP_NODELAY on accepted sockets, compiled now."""
-    require_tools("cc")
-    with scratch_directory() as directory:
-        library = directory / "nodelay.so"
-        source = Path(__file__).with_name("nodelay.c")
-        run("cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl")
+    with build("nodelay.c", "-shared", "-fPIC", "-ldl") as library:
         yield library
 
 
+def contenders(
+    library: Path, connections: tuple[int, ...] = (1,), tls: Certificates | None = None
+) -> Iterator[Contender]:
+    """Yield qemu-img, and nbdcopy with so many connections, each as it is and with no delay."""
+    for suffix, setting in (("", Setting(tls=tls)), ("+nodelay", Setting(library, tls))):
+        yield _convert(f"qemu-img{suffix}", setting)
+        for count in connections:
+            yield _nbdcopy(f"nbdcopy-{count}{suffix}", setting, count)
+
+
 @contextmanager
-def _server(target: str, nodelay: Path | None) -> Iterator[tuple[psutil.Process, int]]:
-    port = _free_port()
+def nbd_server(target: str, setting: Setting) -> Iterator[tuple[psutil.Process, int]]:
+    """A qemu-nbd that serves a device for writing; yields it and its port.
+
+    `-e 8` (clients that share the device) is also what lets it advertise NBD_FLAG_CAN_MULTI_CONN.
+    """
+    port = free_port()
     command = ["qemu-nbd", "--cache=none", "--aio=native", "-e", "8", "-f", "raw", "-t"]
-    command += ["-b", "127.0.0.1", "-p", str(port), target]
-    preload = {"LD_PRELOAD": str(nodelay)} if nodelay else {}
-    with subprocess.Popen(command, env={**os.environ, **preload}) as process:
-        try:
-            _await(process, port)
-            yield psutil.Process(process.pid), port
-        finally:
-            process.terminate()
+    command += ["-b", "127.0.0.1", "-p", str(port)]
+    if setting.tls:
+        command += ["--object", _credentials(setting.tls, "server"), "--tls-creds", "tls"]
+    with server(
+        *command, target, ready=listens_on(port), environment=setting.environment
+    ) as process:
+        yield process, port
 
 
-def _await(process: subprocess.Popen[bytes], port: int) -> None:
-    """Wait until it listens. A look at the kernel's table: a connection would count as a client."""
-    deadline = time.monotonic() + _START_SECONDS
-    server = psutil.Process(process.pid)
-    while not any(one.laddr.port == port for one in server.net_connections()):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"qemu-nbd does not listen on port {port}")
-        time.sleep(0.01)
+def _convert(name: str, setting: Setting) -> Contender:
+    def copy(source: str, target: str) -> Copied:
+        command = ["qemu-img", "convert", "-n", "-W", "-m", "16", "-t", "none", "-T", "none"]
+        with nbd_server(target, setting) as (process, port):
+            where = f"driver=nbd,host=127.0.0.1,port={port}"
+            if setting.tls:
+                command += ["--object", _credentials(setting.tls, "client")]
+                where += ",tls-creds=tls"
+            command += ["-f", "raw", "--target-image-opts", source, where]
+            return _measure(process, command)
+
+    return Contender(name, copy)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def _nbdcopy(name: str, setting: Setting, connections: int) -> Contender:
+    def copy(source: str, target: str) -> Copied:
+        with nbd_server(target, setting) as (process, port):
+            uri = f"nbd://127.0.0.1:{port}/"
+            if setting.tls:
+                uri = f"nbds://127.0.0.1:{port}/?tls-certificates={setting.tls.qemu_directory}"
+            command = ["nbdcopy", "--flush", f"--connections={connections}", source, uri]
+            return _measure(process, command)
+
+    return Contender(name, copy)
 
 
-def _children_seconds() -> float:
-    """Return the processor time of all processes that have ended and been waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def _measure(process: psutil.Process, command: list[str]) -> Copied:
+    served = cpu_seconds(process)
+    ran = run_measured(*command)
+    return Copied(ran.seconds, ran.cpu_seconds, cpu_seconds(process) - served)
+
+
+def _credentials(tls: Certificates, endpoint: str) -> str:
+    # verify-peer: both ends show a certificate, as our agents do.
+    where = f"dir={tls.qemu_directory},endpoint={endpoint},verify-peer=on"
+    return f"tls-creds-x509,id=tls,{where}"

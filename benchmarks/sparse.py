@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.agents import migration, pair
+from benchmarks.agents import pair
 from benchmarks.devices import (
     GIB,
     MIB,
@@ -17,6 +17,7 @@ from benchmarks.devices import (
     require_ebpf,
 )
 from benchmarks.measure import Figure, Options, Spread, at_least
+from benchmarks.moves import migration
 
 NAME = "sparse"
 TITLE = "round 0 of a sparse 1 TiB loop device with 1 GiB of data"

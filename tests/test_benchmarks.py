@@ -9,13 +9,16 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
-from benchmarks import devices
+from benchmarks import devices, latency, live_figures
 from benchmarks.__main__ import BENCHMARKS, run
-from benchmarks.agents import migration, pair
+from benchmarks.agents import pair
+from benchmarks.contender import OURS, Contender, Copied, compare, in_turns
+from benchmarks.live_figures import Lived
 from benchmarks.measure import (
     Figure,
     ImpossibleError,
@@ -26,6 +29,9 @@ from benchmarks.measure import (
     between_neighbours,
     steps,
 )
+from benchmarks.moves import migration
+from benchmarks.picture import draw
+from benchmarks.processes import run_measured, server
 from benchmarks.report import (
     BEGIN,
     END,
@@ -223,6 +229,150 @@ def test_a_copy_by_agents_is_measured() -> None:
         devices.check_equal(source, target)
         assert sender.cpu_seconds() > 0
         assert sender.peak_bytes() >= sender.resident_bytes() > devices.MIB
+
+
+@pytest.mark.parametrize("name", ["copy", "tls", "delta", "live", "link"])
+def test_contenders_run(name: str) -> None:
+    require("loop", "bpf")
+    outcome = run(BENCHMARKS[name], Options(quick=True))
+    if outcome.skipped:
+        pytest.skip(outcome.skipped)
+    assert all(figure.spread.count == 1 for figure in outcome.figures)
+    assert any(figure.goal for figure in outcome.figures)
+    names = [figure.name for figure in outcome.figures]
+    assert len(set(names)) == len(names)
+
+
+def test_ours_is_compared_with_the_best_other_of_each_turn() -> None:
+    yardstick = Contender("loop", _never, is_yardstick=True)
+    contenders = [
+        Contender(OURS, _never),
+        yardstick,
+        Contender("a", _never),
+        Contender("b", _never),
+    ]
+    runs = {
+        OURS: [Copied(2.0, 1.0, 1.0), Copied(2.0, 1.0, 2.0)],
+        "loop": [Copied(1.0, 0.1, 0.1), Copied(3.0, 0.1, 0.1)],
+        "a": [Copied(3.0, 2.0, 2.0), Copied(5.0, 1.0, 1.0)],
+        "b": [Copied(4.0, 0.5, 0.5), Copied(4.0, 3.0, 3.0)],
+    }
+    figures = {one.name: one for one in compare(contenders, runs, 1 << 30, speed=at_least(1.25))}
+    assert figures["speed against the best other"].spread == Spread(1.75, 1.5, 2.0, 2)
+    assert figures["speed against the best other"].is_met
+    assert figures["speed against the loop"].spread == Spread(1.0, 0.5, 1.5, 2)
+    assert figures["cpu, both ends, to the lowest other's"].spread == Spread(1.75, 1.5, 2.0, 2)
+    assert figures["b: cpu, both ends"].spread == Spread(3.5, 1.0, 6.0, 2)
+
+
+def test_contenders_take_turns_and_who_does_not_copy_is_told() -> None:
+    require("loop")
+    order: list[str] = []
+
+    def copying(name: str) -> Contender:
+        def copy(source: str, target: str) -> Copied:
+            order.append(name)
+            if name != "idle":
+                devices.run("dd", f"if={source}", f"of={target}", "bs=1M", "oflag=direct")
+            return Copied(1.0, 1.0, 1.0)
+
+        return Contender(name, copy)
+
+    size = 2 * devices.MIB
+    with (
+        devices.loop_device(size, devices.fill_mixed) as source,
+        devices.loop_device(size) as target,
+    ):
+        runs = in_turns([copying("a"), copying(OURS)], source, target, 3)
+        assert order == ["a", OURS, OURS, "a", "a", OURS]
+        assert {name: len(made) for name, made in runs.items()} == {"a": 3, OURS: 3}
+        with pytest.raises(RuntimeError, match="the copy of idle is not equal"):
+            in_turns([copying("idle")], source, target, 1)
+
+
+def test_a_command_is_measured_with_its_children() -> None:
+    ran = run_measured("sh", "-c", "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; echo done")
+    assert ran.output == "done\n"
+    assert 0 < ran.cpu_seconds <= ran.seconds * 2
+    with pytest.raises(RuntimeError, match="exited with 3: oh"):
+        run_measured("sh", "-c", "echo oh; exit 3")
+
+
+def test_a_server_that_does_not_serve_is_an_error() -> None:
+    with (
+        pytest.raises(RuntimeError, match="does not get ready"),
+        server("true", ready=lambda _: False),
+    ):
+        pass
+
+
+def test_a_log_of_latencies_is_cut_and_summed_up() -> None:
+    # Windows of a tenth of a second that end at 10.1, 10.2, 10.3; no coarseness: bucket = ns.
+    text = "10100, 1, 4096, 5, 0, 0\n10200, 1, 4096, 0, 98, 2\n10300, 1, 4096, 0, 100, 0\n"
+    windows = latency.parse(text)
+    both = latency.cut(windows, 10.1, 10.35, 0)
+    assert both.counts == (0, 198, 2)
+    assert both.iops == pytest.approx(1000)
+    assert both.percentile_seconds(0.99) == pytest.approx(1.5e-9)
+    assert both.percentile_seconds(1.0) == pytest.approx(2.5e-9)
+    # A stretch shorter than a window takes the next that begins in it.
+    assert latency.cut(windows, 10.15, 10.16, 0).counts == (0, 100, 0)
+    with pytest.raises(ValueError, match="ends too early"):
+        latency.cut(windows, 10.3, 10.4, 0)
+
+
+def test_buckets_of_latencies_are_those_of_fio() -> None:
+    # fio 3.33's plat_idx_to_val: the middle of bucket 1000 is 1 << 14 + 40.5 * (1 << 14).
+    counts = (*[0] * 1000, 1)
+    expected = ((1 << 20) + 40.5 * (1 << 14)) / 1e9
+    assert latency.Latencies(1.0, counts, 0).percentile_seconds(0.5) == pytest.approx(expected)
+    coarse = latency.Latencies(1.0, (*[0] * 125, 1), 3).percentile_seconds(0.5)
+    assert coarse == pytest.approx(((1 << 20) + 44 * (1 << 14)) / 1e9)
+
+
+def test_figures_of_a_move_in_use() -> None:
+    ours = Lived(1.0, 110, 0.06, (100.0, 99.0), (0.001, 0.002), 0.02, (("send", 0.05),))
+    never = Lived(None, 400, 2.0, (100.0, 50.0), (0.001, 0.010))
+    ready = Lived(3.0, 200, 0.1, (100.0, 50.0), (0.001, 0.020))
+    runs = {OURS: [ours, ours], "background": [never, ready], "background+nodelay": [ready, ready]}
+    figures = {one.name: one for one in live_figures.figures(5, 100, runs)}
+    assert figures["5 MiB/s: bytes sent, to background's"].spread.median == pytest.approx(0.55)
+    assert figures["5 MiB/s: guest's p99 during, to background's"].spread.most == pytest.approx(0.2)
+    beyond = figures["5 MiB/s: downtime beyond dirty bytes / throughput"]
+    assert beyond.spread.median == pytest.approx(40)
+    assert beyond.is_met
+    assert figures["5 MiB/s: background: ready in time"].spread.median == 0.5
+    assert figures["5 MiB/s: background: time to ready"].spread == Spread(3.0, 3.0, 3.0, 1)
+    assert figures[f"5 MiB/s: {OURS}: bytes sent / device"].is_met
+    assert figures[f"5 MiB/s: {OURS}: downtime, send"].spread.median == pytest.approx(50)
+
+
+def test_the_picture_shows_each_contender(tmp_path: Path) -> None:
+    spread = Spread(1.5, 1.0, 2.0, 3)
+    copy = [Figure(f"{name}: speed", "GB/s", spread) for name in (OURS, "qemu-img")]
+    lived = [
+        Figure(f"5 MiB/s: {name}: {what}", "ms", spread)
+        for name in (OURS, "background")
+        for what in ("downtime", "time to ready")
+        if (name, what) != ("background", "time to ready")
+    ]
+    outcomes = (
+        Outcome("copy", "a copy", tuple(copy)),
+        Outcome("tls", "skipped", skipped="no tool"),
+        Outcome("live", "in use", tuple(lived)),
+    )
+    file = tmp_path / "picture.svg"
+    draw(file, Report({"processor": "some"}, "command", "now", outcomes))
+    text = ElementTree.parse(file).getroot()
+    shown = {"".join(one.itertext()).strip() for one in text.iter() if one.tag.endswith("text")}
+    assert {OURS, "qemu-img", "background", "never", "5 MiB/s"} <= shown
+    assert not any("TLS" in words for words in shown)
+    draw(file, Report({}, "command", "now", ()))
+    assert "nothing to draw" in file.read_text()
+
+
+def _never(_source: str, _target: str) -> Copied:
+    raise AssertionError("not to be run")
 
 
 def test_nothing_stays_when_it_is_ended() -> None:
