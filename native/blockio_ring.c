@@ -93,7 +93,8 @@ int ws_ring_move(struct ws_ring *ring, const struct ws_device *dev, bool write,
             } else if (taken != -EINTR && running > 0) /* the kernel is short of memory for now */
                 running -= reap(ring, dev, write, 1, &rc, why);
         }
-        running -= reap(ring, dev, write, running < WS_RING_DEPTH ? 0 : WS_RING_DEPTH / 2, &rc, why);
+        running -=
+            reap(ring, dev, write, running < WS_RING_DEPTH ? 0 : WS_RING_DEPTH / 2, &rc, why);
     }
     while (queued > 0 || running > 0) {
         int taken = queued > 0 ? io_uring_submit(&ring->uring) : 0;

@@ -24,8 +24,8 @@ struct ws_piece {
 };
 
 /* Move all pieces (disjoint ranges), in any order. 0, or -errno with `why` as ws_dev_read() and
- * ws_dev_write() say it, which also do whatever a ring cannot (a file's short last page). Nothing is
- * under way any more when it returns. `ring` may be NULL. */
+ * ws_dev_write() say it, which also do whatever a ring cannot (a file's short last page). Nothing
+ * is under way any more when it returns. `ring` may be NULL. */
 int ws_ring_move(struct ws_ring *ring, const struct ws_device *dev, bool write,
                  const struct ws_piece *pieces, size_t count, struct ws_attempt *why);
 

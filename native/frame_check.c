@@ -105,9 +105,8 @@ static int check_table(const struct ws_frame_header *header, const void *table,
     return wrong(fault, -1, "payload length", header->payload_bytes, "not that of all data,", data);
 }
 
-int ws_frame_check_parts(const struct ws_frame_header *header,
-                         const struct ws_frame_extent *table, const uint8_t *payload,
-                         struct ws_fault *fault) {
+int ws_frame_check_parts(const struct ws_frame_header *header, const struct ws_frame_extent *table,
+                         const uint8_t *payload, struct ws_fault *fault) {
     struct ws_part parts[3] = {{NULL, 0},
                                {table, header->extent_count * sizeof(*table)},
                                {payload, header->payload_bytes}};

@@ -113,8 +113,7 @@ void ws_frame_build(const struct ws_frame_plan *plan, const struct ws_frame_head
     memcpy(out + sizeof(head), plan->table, table_bytes);
     if (plan->payload_bytes > 0)
         copy_payload(plan, data, out + sizeof(head) + table_bytes);
-    struct ws_part parts[2] = {{NULL, 0},
-                               {out + sizeof(head), table_bytes + plan->payload_bytes}};
+    struct ws_part parts[2] = {{NULL, 0}, {out + sizeof(head), table_bytes + plan->payload_bytes}};
     ws_frame_seal(&head, parts, 2);
     memcpy(out, &head, sizeof(head));
 }

@@ -95,15 +95,15 @@ int ws_frame_verify(const uint8_t *frame, size_t size, struct ws_frame_header *h
                     struct ws_fault *fault);
 
 /* The same of a frame in parts: first its header, which says how much there is to come (`packing`:
- * may the payload be compressed?), then, when all is there, the rest; the payload is as it was before
- * it was compressed. */
+ * may the payload be compressed?), then, when all is there, the rest; the payload is as it was
+ * before it was compressed. */
 int ws_frame_check_header(const struct ws_frame_header *header, uint16_t kind, bool packing,
                           struct ws_fault *fault);
-int ws_frame_check_parts(const struct ws_frame_header *header,
-                         const struct ws_frame_extent *table, const uint8_t *payload,
-                         struct ws_fault *fault);
+int ws_frame_check_parts(const struct ws_frame_header *header, const struct ws_frame_extent *table,
+                         const uint8_t *payload, struct ws_fault *fault);
 
-/* Fill in the checksum: of the header, for which parts[0] is kept free, and of table and payload. */
+/* Fill in the checksum: of the header, for which parts[0] is kept free, and of table and payload.
+ */
 void ws_frame_seal(struct ws_frame_header *header, struct ws_part *parts, size_t count);
 
 /* Verify that each extent of a verified frame lies within `size_bytes` and on borders of `unit`;

@@ -171,8 +171,7 @@ static int check_hello(struct ws_conn *conn, const struct hello *hello, struct w
         return ws_lose(loss, 0, "it greets in another version of the protocol");
     if (conn->ssl == NULL) {
         memcpy(conn->token, hello->token, WS_TOKEN_ID_BYTES);
-        conn->verdict =
-            ws_tokens_spend(conn->tokens, conn->token, conn->token + WS_TOKEN_ID_BYTES);
+        conn->verdict = ws_tokens_spend(conn->tokens, conn->token, conn->token + WS_TOKEN_ID_BYTES);
     }
     if (conn->verdict != WS_TOKEN_GOOD)
         return ws_lose(loss, 0, ws_token_complaint(conn->verdict));
@@ -196,8 +195,8 @@ int ws_conn_accept(struct ws_conn *conn, struct ws_tokens *tokens, bool tls, boo
     if (rc == 0 && memcmp(hello.magic, "WSH1", 4) != 0)
         rc = check_hello(conn, &hello, loss);
     if (rc == 0)
-        rc = greet(conn, false, &hello.version, sizeof(hello) - sizeof(hello.magic), deadline,
-                   loss);
+        rc =
+            greet(conn, false, &hello.version, sizeof(hello) - sizeof(hello.magic), deadline, loss);
     if (rc == 0)
         rc = check_hello(conn, &hello, loss);
     if (rc == 0)

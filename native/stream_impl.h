@@ -46,8 +46,7 @@ void ws_tokens_free(struct ws_tokens *tokens);
 int ws_tokens_add(struct ws_tokens *tokens, const uint8_t token[WS_TOKEN_BYTES],
                   uint64_t deadline_ns);
 /* Spend a token: its secret is copied out the first time that it is asked for, and never again. */
-enum ws_token_verdict ws_tokens_spend(struct ws_tokens *tokens,
-                                      const uint8_t id[WS_TOKEN_ID_BYTES],
+enum ws_token_verdict ws_tokens_spend(struct ws_tokens *tokens, const uint8_t id[WS_TOKEN_ID_BYTES],
                                       uint8_t secret[WS_TOKEN_SECRET_BYTES]);
 /* Tokens that are handed out, spent or not, and not expired. */
 size_t ws_tokens_count(struct ws_tokens *tokens);
@@ -200,8 +199,8 @@ struct ws_receiver;
 
 struct ws_receiver *ws_receiver_new(const struct ws_sink *sinks, size_t sink_count, size_t conns,
                                     uint64_t generation);
-/* Give it one of the connections it expects; it starts at once, and owns it. `first`: the source waits
- * for acknowledgements on this one. 0 or -errno. */
+/* Give it one of the connections it expects; it starts at once, and owns it. `first`: the source
+ * waits for acknowledgements on this one. 0 or -errno. */
 int ws_receiver_add(struct ws_receiver *receiver, struct ws_conn *conn, bool first);
 /* Wait until a round has ended on all connections (WS_DONE), or something has failed. */
 void ws_receiver_wait(struct ws_receiver *receiver, struct ws_outcome *outcome);
@@ -209,8 +208,10 @@ void ws_receiver_wait(struct ws_receiver *receiver, struct ws_outcome *outcome);
 void ws_receiver_acknowledge(struct ws_receiver *receiver, uint64_t flush_ns);
 /* Cut all connections; waiters get WS_STOPPED. Does not wait. */
 void ws_receiver_stop(struct ws_receiver *receiver);
-/* Wait for the threads to end, after ws_receiver_stop(). */
+/* Wait for the threads to end, after ws_receiver_stop(), and close their connections. Any thread,
+ * any number of times. */
 void ws_receiver_join(struct ws_receiver *receiver);
+/* After ws_receiver_join(). */
 void ws_receiver_free(struct ws_receiver *receiver);
 void ws_receiver_count(struct ws_receiver *receiver, uint64_t *wire_bytes, uint64_t *generation);
 

@@ -1,5 +1,6 @@
-/* zstd, frame by frame, only where it pays: what is saved on the wire must take the link longer than
- * the compression takes. Where it does not, a frame is tried now and then, as data and links change. */
+/* zstd, frame by frame, only where it pays: what is saved on the wire must take the link longer
+ * than the compression takes. Where it does not, a frame is tried now and then, as data and links
+ * change. */
 #include "stream_impl.h"
 
 #include <stdlib.h>
@@ -18,8 +19,8 @@ struct ws_packer {
     size_t room;
     double wire_ns_a_byte; /* while the link was busy with frames of this connection */
     double pack_ns_a_byte;
-    double gain;       /* share of a frame that compression saves */
-    unsigned untried;  /* frames since the last one that was compressed */
+    double gain;      /* share of a frame that compression saves */
+    unsigned untried; /* frames since the last one that was compressed */
     bool known;
 };
 
@@ -90,8 +91,7 @@ size_t ws_pack(struct ws_packer *packer, const struct ws_part *parts, size_t cou
 }
 
 void ws_packer_sent(struct ws_packer *packer, size_t size, uint64_t nanoseconds) {
-    learn(&packer->wire_ns_a_byte, (double)nanoseconds / (double)size,
-          packer->wire_ns_a_byte > 0);
+    learn(&packer->wire_ns_a_byte, (double)nanoseconds / (double)size, packer->wire_ns_a_byte > 0);
 }
 
 int ws_unpack(const void *packed, size_t size, void *out, size_t room) {

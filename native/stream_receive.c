@@ -1,6 +1,6 @@
-/* The target's end: one thread a connection receives frames, verifies them and writes them, straight
- * from where they arrived. While one waits for the device, the others receive. What cannot be
- * written at once stays in the sockets, and so holds the source back. */
+/* The target's end: one thread a connection receives frames, verifies them and writes them,
+ * straight from where they arrived. While one waits for the device, the others receive. What cannot
+ * be written at once stays in the sockets, and so holds the source back. */
 #include "stream_impl.h"
 
 #include <errno.h>
@@ -9,7 +9,8 @@
 
 #define ALIGN 4096u
 
-/* What one connection works with: about 1.2 MiB, 3.2 MiB where frames are compressed or unaligned. */
+/* What one connection works with: about 1.2 MiB, 3.2 MiB where frames are compressed or unaligned.
+ */
 struct lane {
     struct ws_receiver *receiver;
     struct ws_conn *conn;
@@ -36,6 +37,7 @@ struct ws_receiver {
     uint64_t flush_ns;
     bool stopping;
     bool joined;
+    pthread_mutex_t joining;   /* one joins, the others wait for it */
     struct ws_outcome outcome; /* the first failure */
     _Atomic uint64_t wire_bytes;
 };
@@ -47,6 +49,7 @@ struct ws_receiver *ws_receiver_new(const struct ws_sink *sinks, size_t sink_cou
         return NULL;
     pthread_mutex_init(&receiver->lock, NULL);
     pthread_cond_init(&receiver->change, NULL);
+    pthread_mutex_init(&receiver->joining, NULL);
     receiver->sinks = calloc(sink_count, sizeof(*sinks));
     receiver->lanes = calloc(conns, sizeof(*receiver->lanes));
     receiver->expected = conns;
@@ -63,16 +66,10 @@ struct ws_receiver *ws_receiver_new(const struct ws_sink *sinks, size_t sink_cou
 void ws_receiver_free(struct ws_receiver *receiver) {
     if (receiver == NULL)
         return;
-    for (size_t i = 0; i < receiver->count; i++) {
-        struct lane *lane = &receiver->lanes[i];
-        ws_conn_free(lane->conn);
-        ws_ring_free(lane->ring);
-        free(lane->payload);
-        free(lane->spare);
-    }
     free(receiver->lanes);
     free(receiver->sinks);
     pthread_cond_destroy(&receiver->change);
+    pthread_mutex_destroy(&receiver->joining);
     pthread_mutex_destroy(&receiver->lock);
     free(receiver);
 }
@@ -334,16 +331,31 @@ void ws_receiver_stop(struct ws_receiver *receiver) {
     receiver->stopping = true;
     pthread_cond_broadcast(&receiver->change);
     for (size_t i = 0; i < receiver->count; i++)
-        ws_conn_cut(receiver->lanes[i].conn);
+        if (!receiver->joined)
+            ws_conn_cut(receiver->lanes[i].conn);
+    pthread_mutex_unlock(&receiver->lock);
+}
+
+static void join(struct ws_receiver *receiver) {
+    for (size_t i = 0; i < receiver->count; i++)
+        pthread_join(receiver->lanes[i].thread, NULL);
+    pthread_mutex_lock(&receiver->lock);
+    receiver->joined = true;
+    for (size_t i = 0; i < receiver->count; i++) {
+        struct lane *lane = &receiver->lanes[i];
+        ws_conn_free(lane->conn);
+        ws_ring_free(lane->ring);
+        free(lane->payload);
+        free(lane->spare);
+    }
     pthread_mutex_unlock(&receiver->lock);
 }
 
 void ws_receiver_join(struct ws_receiver *receiver) {
-    if (receiver->joined)
-        return;
-    for (size_t i = 0; i < receiver->count; i++)
-        pthread_join(receiver->lanes[i].thread, NULL);
-    receiver->joined = true;
+    pthread_mutex_lock(&receiver->joining);
+    if (!receiver->joined)
+        join(receiver);
+    pthread_mutex_unlock(&receiver->joining);
 }
 
 void ws_receiver_count(struct ws_receiver *receiver, uint64_t *wire_bytes, uint64_t *generation) {

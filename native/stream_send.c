@@ -1,5 +1,5 @@
-/* The source's end: a round is read, hashed and sent by one thread a connection. While one waits for
- * the network, others read and hash; the batches are taken in ascending order. */
+/* The source's end: a round is read, hashed and sent by one thread a connection. While one waits
+ * for the network, others read and hash; the batches are taken in ascending order. */
 #define _GNU_SOURCE
 #include "stream_impl.h"
 
@@ -39,9 +39,9 @@ struct round {
     size_t count;
     uint64_t generation;
     pthread_mutex_t lock;
-    size_t job;          /* being taken from */
-    uint64_t position;   /* in it, in bytes */
-    uint64_t rest_at;    /* a block larger than a frame goes piece by piece */
+    size_t job;        /* being taken from */
+    uint64_t position; /* in it, in bytes */
+    uint64_t rest_at;  /* a block larger than a frame goes piece by piece */
     uint64_t rest_bytes;
     struct ws_outcome *outcome;
     _Atomic bool over; /* failed */

@@ -1,7 +1,8 @@
 /* TLS 1.3 with a pre-shared key: the one-time token that the target gave to the source over gRPC,
- * which knew both by their certificates. So both ends are proven by the handshake, no certificate is
- * looked at again, and who has no token gets no further than the ClientHello (RFC 8446, 2.2). The
- * key exchange is still ephemeral: a token that leaks later opens nothing (psk_dhe_ke, 4.2.9). */
+ * which knew both by their certificates. So both ends are proven by the handshake, no certificate
+ * is looked at again, and who has no token gets no further than the ClientHello (RFC 8446, 2.2).
+ * The key exchange is still ephemeral: a token that leaks later opens nothing (psk_dhe_ke, 4.2.9).
+ */
 #include "stream_conn.h"
 
 #include <errno.h>

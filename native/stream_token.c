@@ -91,8 +91,7 @@ static enum ws_token_verdict spend(struct entry *entry, uint8_t *secret) {
     return WS_TOKEN_GOOD;
 }
 
-enum ws_token_verdict ws_tokens_spend(struct ws_tokens *tokens,
-                                      const uint8_t id[WS_TOKEN_ID_BYTES],
+enum ws_token_verdict ws_tokens_spend(struct ws_tokens *tokens, const uint8_t id[WS_TOKEN_ID_BYTES],
                                       uint8_t secret[WS_TOKEN_SECRET_BYTES]) {
     enum ws_token_verdict verdict = WS_TOKEN_UNKNOWN;
     pthread_mutex_lock(&tokens->lock);

@@ -280,10 +280,14 @@ def test_a_source_that_is_gone_is_noticed(tmp_path: Path, tls: bool) -> None:
 def test_a_read_error_names_the_device(tmp_path: Path) -> None:
     with line(tmp_path) as one:
         one.marks.set_all()
+        one.sender.pause(True)
+        work = in_background(lambda: one.sender.send([(0, one.marks)], 1))
+        time.sleep(0.05)
         with one.source.open("r+b") as file:
             file.truncate(SIZE // 2)
+        one.sender.pause(False)
         with pytest.raises(OSError, match="read of") as caught:
-            one.sender.send([(0, one.marks)], 1)
+            work.result(SECONDS)
         assert caught.value.filename == str(one.source)
 
 
@@ -505,7 +509,7 @@ def test_who_hangs_up(tls: bool) -> None:
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
-    with line(tmp_path):
+    with line(tmp_path, tls=True):
         pass  # what is made once is there now
     before = held()
     for tls in (False, True):
