@@ -113,6 +113,11 @@ class Sender:
         """How it travels, or why it was chosen."""
         return self._carrier.detail if self._carrier else ""
 
+    def yield_to_guest(self, yielding: bool) -> None:
+        """Send behind the guest's back, or as fast as can be."""
+        if isinstance(self._carrier, BulkCarrier):
+            self._carrier.yield_to_guest(yielding)
+
     def pause(self) -> None:
         """Stop reading and sending before the next frame; what is under way is finished."""
         self._running.clear()

@@ -300,6 +300,7 @@ class SourceMigration:
             if error.reason != "NOT_QUIESCED":
                 raise
             self._refusal = error
+            self._sender.yield_to_guest(True)
             self._convergence.restart()
             self._move(Event.REFUSE)
             self._cutover.done.set_exception(error)

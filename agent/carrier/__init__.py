@@ -75,3 +75,6 @@ class BulkCarrier(Carrier, Protocol):
 
     def pause(self, paused: bool) -> None:
         """Stop reading and sending, or go on."""
+
+    def yield_to_guest(self, yielding: bool) -> None:
+        """Work behind the guest's back (as at first), or as fast as can be: the guest is off."""

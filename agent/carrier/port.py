@@ -59,7 +59,8 @@ class DataPort:
         """Start to listen. FailedPrecondition DATA_PORT_UNUSABLE."""
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            self._listener = socket.create_server((host, port), family=family)
+            both = host == "::" and socket.has_dualstack_ipv6()  # as gRPC listens there
+            self._listener = socket.create_server((host, port), family=family, dualstack_ipv6=both)
         except OSError as error:
             raise FailedPrecondition(
                 "DATA_PORT_UNUSABLE",

@@ -25,8 +25,14 @@ from native.stream import Connection, ConnectionLost, Sender
 CONNECT_SECONDS = 5.0
 TICK_SECONDS = 0.1
 FRAME_BYTES = 1 << 20
-GAP_BYTES = 16 << 10
-"""As agent.planner.GAP_BYTES: one longer read and write costs less than two short ones."""
+QUIET_FRAME_BYTES = 256 << 10
+"""While the guest runs: its requests wait behind ours in the device's queue, so ours are short."""
+QUIET_NICE = 10
+"""While the guest runs, its threads go first (nice(7): a tenth of the weight)."""
+GAP_BYTES = 4 << 10
+"""Clean gaps up to this are sent too. Many scattered blocks are read at once here, so bridging
+saves little time, and it sends what has not changed: with 16 KiB a fifth more under random writes.
+"""
 
 _STOP_SECONDS = 2.0
 """What a frame that has begun may take to end before its connection is cut."""
@@ -59,7 +65,7 @@ class TcpCarrier:
         self._closed = False
         self._counted = (0, 0)
         self._failure: WarmsyncError | None = None
-        sender.tune(frame_bytes=FRAME_BYTES, gap_bytes=GAP_BYTES, nice=0)
+        self.yield_to_guest(True)
 
     def check(self) -> None:
         """See `agent.carrier.Carrier`."""
@@ -101,6 +107,15 @@ class TcpCarrier:
         """See `agent.carrier.BulkCarrier`."""
         if not self._closed:
             self._sender.pause(paused)
+
+    def yield_to_guest(self, yielding: bool) -> None:
+        """See `agent.carrier.BulkCarrier`."""
+        if not self._closed:
+            self._sender.tune(
+                frame_bytes=QUIET_FRAME_BYTES if yielding else FRAME_BYTES,
+                gap_bytes=GAP_BYTES,
+                nice=QUIET_NICE if yielding else 0,
+            )
 
     async def close(self) -> None:
         """See `agent.carrier.Carrier`."""

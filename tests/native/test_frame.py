@@ -328,7 +328,7 @@ class TestRefusal:
             (Header(volume=6), "volume is 6, not 7"),
             (Header(generation=9), "generation is 9, not 8"),
             (Header(flags=1), "flags is 1, not 0"),
-            (Header(reserved=1), "reserved is 1, not 0"),
+            (Header(reserved=1), "packed length is 1, not 0"),
             (Header(extent_count=2), "frame length is 1672, not 1648"),
             (Header(extent_count=4), "frame length is 1672, not 1696"),
             (Header(extent_count=4097), "extent count is 4097, more than 4096"),
