@@ -46,7 +46,7 @@ class Cutover:
         """Do it. NOT_QUIESCED (FailedPrecondition): undone, syncing may go on."""
         sender = self._sender
         self._note("finish_round")
-        sender.yield_to_guest(False)  # it is off
+        sender.hurry()
         await sender.on_disks(SourceDisk.check_unclaimed)
         await sender.on_disks(SourceDisk.flush)
         self._note("source_flush")

@@ -236,3 +236,19 @@ def _busy_partitions(system: Path) -> list[str]:
             names.append(f"{device.name} is mounted")
         names += [f"{device.name} is held by {holder.name}" for holder in device.glob("holders/*")]
     return names
+
+
+def count_writes(device: BlockDevice) -> int:
+    """Return how many writes and discards the block layer has completed; 0 for a file.
+
+    Fields 5 and 12 of the device's stat (Documentation/block/stat.rst of the kernel).
+    """
+    if not device.is_block_device:
+        return 0
+    number = os.fstat(device.fileno()).st_rdev
+    try:
+        text = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat").read_text()
+    except OSError:  # no sysfs here: then nothing yields
+        return 0
+    fields = [int(field) for field in text.split()]
+    return fields[4] + (fields[11] if len(fields) > 11 else 0)

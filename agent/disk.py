@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.device import identities, io_error, is_claimed, map_data, open_device
+from agent.device import count_writes, identities, io_error, is_claimed, map_data, open_device
 from agent.errors import FailedPrecondition, InvalidArgument
 from agent.heat import Heat
 from agent.migration import Identity, Scheme, Volume
@@ -158,6 +158,10 @@ class SourceDisk:
             return self.tracker.look()
         except OSError as error:
             raise io_error("source", error) from error
+
+    def count_writes(self) -> int:
+        """Return the block layer's count of writes so far; 0 where it has none (files)."""
+        return count_writes(self.device)
 
     def check_size(self) -> None:
         """Raise FailedPrecondition if the device is not as large as it was."""

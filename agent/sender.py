@@ -79,6 +79,7 @@ class Sender:
         self._paused_seconds = self._paused_at = 0.0
         self._taken_at = time.monotonic()
         self._held_bytes = 0
+        self._writes = sum(disk.count_writes() for disk in disks)
 
     def use(self, carrier: Carrier) -> None:
         """Send over this carrier from now on."""
@@ -113,10 +114,17 @@ class Sender:
         """How it travels, or why it was chosen."""
         return self._carrier.detail if self._carrier else ""
 
-    def yield_to_guest(self, yielding: bool) -> None:
-        """Send behind the guest's back, or as fast as can be."""
+    def hurry(self) -> None:
+        """Send as fast as can be: the guest is off."""
         if isinstance(self._carrier, BulkCarrier):
-            self._carrier.yield_to_guest(yielding)
+            self._carrier.yield_to_guest(False)
+
+    def _watch_guest(self) -> None:
+        """Yield to a guest that has written since the last look."""
+        writes = sum(disk.count_writes() for disk in self.disks)
+        if isinstance(self._carrier, BulkCarrier):
+            self._carrier.yield_to_guest(writes > self._writes)
+        self._writes = writes
 
     def pause(self) -> None:
         """Stop reading and sending before the next frame; what is under way is finished."""
@@ -244,7 +252,7 @@ class Sender:
     async def _send_marked(self, jobs: list[tuple[int, DirtyBitmap]]) -> None:
         carrier = self._open_carrier
         if isinstance(carrier, BulkCarrier):
-            await carrier.send_marked(jobs, self.generation, self._count)
+            await carrier.send_marked(jobs, self.generation, self._tick)
         else:
             await self._send_frames(chain.from_iterable(plan_dirty(*job) for job in jobs))
 
@@ -266,6 +274,10 @@ class Sender:
             disk.settle()
         self.note(rounds=self.progress.rounds + 1, dirty_bytes=self._held_bytes)
         return seconds
+
+    def _tick(self, done_bytes: int, sent_bytes: int) -> None:
+        self._watch_guest()
+        self._count(done_bytes, sent_bytes)
 
     def _count(self, done_bytes: int, sent_bytes: int) -> None:
         progress = self.progress

@@ -300,7 +300,6 @@ class SourceMigration:
             if error.reason != "NOT_QUIESCED":
                 raise
             self._refusal = error
-            self._sender.yield_to_guest(True)
             self._convergence.restart()
             self._move(Event.REFUSE)
             self._cutover.done.set_exception(error)

@@ -77,4 +77,4 @@ class BulkCarrier(Carrier, Protocol):
         """Stop reading and sending, or go on."""
 
     def yield_to_guest(self, yielding: bool) -> None:
-        """Work behind the guest's back (as at first), or as fast as can be: the guest is off."""
+        """Work behind the guest's back, or as fast as can be (as at first)."""
