@@ -1,6 +1,5 @@
 """Frames over TCP, in the clear or under TLS 1.3, on native threads."""
 
-import errno
 import os
 import time
 
