@@ -179,7 +179,7 @@ def end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Source]:
 def stalled(monkeypatch: pytest.MonkeyPatch) -> list[Verdict]:
     """The verdict that every look gives: the last of the list."""
     verdicts = [STALLED]
-    monkeypatch.setattr(Convergence, "look", lambda *_: verdicts[-1])
+    monkeypatch.setattr(Convergence, "look", lambda *_, **__: verdicts[-1])
     return verdicts
 
 
