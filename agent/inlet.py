@@ -61,6 +61,8 @@ class Inlet:
         """Cut the connections: the source notices at once. Does not wait for what is written."""
         self._receiver.stop()
         if self._task is None:
+            # Nothing was received, so this takes no time. Who else would give the devices back?
+            self._receiver.join()
             self._thread.shutdown(wait=False)
 
     def join(self) -> None:

@@ -537,3 +537,22 @@ def test_a_cancelled_source_leaves_nothing_behind(
         raise AssertionError(f"left behind: {left}")
 
     run(main)
+
+
+def test_data_connections_that_never_came_hold_no_device(
+    make_grpc_rig: MakeRig, source: Path, target: Path
+) -> None:
+    """The source falls back to grpc: the released target must be free for the VM."""
+
+    async def steps(rig: Rig) -> None:
+        inlet = rig.session.expect(2)  # kept, as the data port keeps what it expects
+        carrier = await rig.open_carrier(source=source)
+        await carrier.send(frame_of(source, 0, STEP))
+        await carrier.flush(1)
+        assert str(target) in descriptors()
+        await rig.peer.release(rig.token, 1)
+        assert str(target) not in descriptors()
+        assert not inlet.is_complete
+        await carrier.close()
+
+    trial(make_grpc_rig, steps)
