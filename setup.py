@@ -28,7 +28,7 @@ KERNELS = {
     "blockio": ["blockio_open.c", "blockio_data.c", *BLOCKIO],
     "frame": ["frame_impl.c", "frame_check.c", *BLOCKIO, *CHUNK],
     "stream": [
-        *(f"stream_{part}.c" for part in ("conn", "tls", "token", "pace", "pack")),
+        *(f"stream_{part}.c" for part in ("conn", "tls", "token", "pace", "pack", "memory")),
         "stream_send.c",
         "stream_receive.c",
         "blockio_ring.c",

@@ -243,11 +243,15 @@ class Registry:
                 choose_scheme, plan.scheme, [source.device for source in sources]
             )
             peer = self._connect(plan.peer)
-            token = await peer.open_session(_request(plan, sources, scheme))
-            for i, source in enumerate(sources):
-                pin_dir = self._pins / f"{plan.id}-{i}"
-                disks.append(SourceDisk(source, scheme, plan.block_size_bytes, pin_dir))
-                await asyncio.to_thread(disks[-1].start)
+            opening = asyncio.ensure_future(peer.open_session(_request(plan, sources, scheme)))
+            try:
+                # Meanwhile, as both take a while.
+                for i, source in enumerate(sources):
+                    pin_dir = self._pins / f"{plan.id}-{i}"
+                    disks.append(SourceDisk(source, scheme, plan.block_size_bytes, pin_dir))
+                    await asyncio.to_thread(disks[-1].start)
+            finally:
+                token = await opening
             self._check_running()
         except BaseException as error:
             await self._undo(sources, disks, peer, token, error)

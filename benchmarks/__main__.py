@@ -20,6 +20,7 @@ from benchmarks import (
     live,
     machine,
     memory,
+    parameters,
     scan_speed,
     sparse,
     take,
@@ -40,7 +41,19 @@ class Benchmark(Protocol):
         """Yield figures. ImpossibleError if this host lacks something, RuntimeError if it fails."""
 
 
-MODULES = (tracking, take, scan_speed, full_copy, tls_copy, delta, live, link, memory, sparse)
+MODULES = (
+    tracking,
+    take,
+    scan_speed,
+    full_copy,
+    tls_copy,
+    delta,
+    live,
+    link,
+    memory,
+    sparse,
+    parameters,
+)
 BENCHMARKS = {module.NAME: cast(Benchmark, module) for module in MODULES}
 
 

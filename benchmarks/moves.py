@@ -15,7 +15,8 @@ from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
 from benchmarks.agents import Agent
 from benchmarks.contender import OURS, Contender, Copied
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.2
+"""Coarse, as looking costs both ends: times come from the migration's history."""
 _ENDED = (pb.STATE_FAILED, pb.STATE_CANCELLED)
 
 

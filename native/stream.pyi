@@ -79,7 +79,9 @@ class Sender:
     """The source's end of the connections of one session. One call at a time, but for the controls.
 
     `devices` and `digests` (or None) are those of the volumes, by index; takes the connections
-    over. Memory: about 1.3 MiB a connection, as much again with `compress`.
+    over. Memory: about 1.3 MiB a connection, as much again with `compress`. `ring`: read scattered
+    blocks many at once (io_uring) where the kernel can. A target that takes nothing for
+    `patience_seconds`, or does not acknowledge for `ack_seconds`, is lost (0: never).
     """
 
     def __init__(
@@ -89,6 +91,9 @@ class Sender:
         digests: Sequence[Buffer | None],
         *,
         compress: bool = False,
+        ring: bool = True,
+        patience_seconds: int = 60,
+        ack_seconds: int = 300,
     ) -> None: ...
     def tune(self, *, frame_bytes: int, gap_bytes: int, nice: int) -> None:
         """Set the payload of frames, the clean gaps that are sent too, the threads' niceness."""
@@ -131,6 +136,7 @@ class Receiver:
         *,
         connections: int,
         generation: int,
+        ring: bool = True,
     ) -> None: ...
     def add(self, connection: Connection, *, first: bool) -> None:
         """Start to receive on a connection; acknowledgements go out on the `first`."""

@@ -59,6 +59,11 @@ cdef extern from "stream_impl.h" nogil:
     struct ws_sink:
         ws_device *device
         uint64_t size_bytes
+    struct ws_manner:
+        bint compress
+        bint ring
+        unsigned patience_seconds
+        unsigned ack_seconds
     struct ws_tokens:
         pass
     struct ws_conn:
@@ -83,7 +88,7 @@ cdef extern from "stream_impl.h" nogil:
     void ws_conn_describe(const ws_conn *conn, char *out, size_t size)
     void ws_pace_limit(ws_pace *pace, uint64_t bytes_per_second)
     void ws_pace_pause(ws_pace *pace, bint paused)
-    ws_sender *ws_sender_new(ws_conn **conns, size_t count, bint compress)
+    ws_sender *ws_sender_new(ws_conn **conns, size_t count, const ws_manner *manner)
     void ws_sender_free(ws_sender *sender)
     ws_pace *ws_sender_pace(ws_sender *sender)
     void ws_sender_tune(ws_sender *sender, uint32_t frame_bytes, uint32_t gap_bytes, int nice)
@@ -99,7 +104,7 @@ cdef extern from "stream_impl.h" nogil:
     void ws_sender_count(ws_sender *sender, uint64_t *done_bytes, uint64_t *wire_bytes,
                          uint64_t *packed_frames)
     ws_receiver *ws_receiver_new(const ws_sink *sinks, size_t sink_count, size_t conns,
-                                 uint64_t generation)
+                                 uint64_t generation, bint ring)
     int ws_receiver_add(ws_receiver *receiver, ws_conn *conn, bint first)
     void ws_receiver_wait(ws_receiver *receiver, ws_outcome *outcome)
     void ws_receiver_acknowledge(ws_receiver *receiver, uint64_t flush_ns)
@@ -269,7 +274,9 @@ cdef class Sender:
     cdef tuple digests
     cdef bint busy
 
-    def __cinit__(self, connections, devices, digests, *, bint compress=False):
+    def __cinit__(self, connections, devices, digests, *, bint compress=False, bint ring=True,
+                  unsigned patience_seconds=60, unsigned ack_seconds=300):
+        cdef ws_manner manner = ws_manner(compress, ring, patience_seconds, ack_seconds)
         cdef ws_conn *conns[64]
         cdef size_t count = 0
         if not 1 <= len(connections) <= WS_CONNECTIONS_MAX:
@@ -284,7 +291,7 @@ cdef class Sender:
             if conns[count] == NULL:
                 raise ValueError("the connection has been given away or closed")
             count += 1
-        self.sender = ws_sender_new(&conns[0], count, compress)
+        self.sender = ws_sender_new(&conns[0], count, &manner)
         if self.sender == NULL:
             raise MemoryError
         for connection in connections:
@@ -464,7 +471,8 @@ cdef class Receiver:
     cdef int held
     cdef int users
 
-    def __cinit__(self, devices, sizes_bytes, *, size_t connections, uint64_t generation):
+    def __cinit__(self, devices, sizes_bytes, *, size_t connections, uint64_t generation,
+                  bint ring=True):
         cdef ws_sink sinks[64]
         self.devices = tuple(devices)
         if not 1 <= len(self.devices) <= MAX_VOLUMES or len(sizes_bytes) != len(self.devices):
@@ -477,7 +485,7 @@ cdef class Receiver:
                 sinks[self.held].size_bytes = size
                 self.held += 1
             self.receiver = ws_receiver_new(
-                sinks, <size_t>len(self.devices), connections, generation
+                sinks, <size_t>len(self.devices), connections, generation, ring
             )
             if self.receiver == NULL:
                 raise MemoryError

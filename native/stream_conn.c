@@ -209,10 +209,11 @@ int ws_conn_accept(struct ws_conn *conn, struct ws_tokens *tokens, bool tls, boo
     return rc;
 }
 
-void ws_conn_set_patience(struct ws_conn *conn, unsigned seconds) {
-    struct timeval patience = {(time_t)seconds, 0};
-    conn->patience_seconds = seconds;
-    (void)setsockopt(conn->fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
+void ws_conn_set_patience(struct ws_conn *conn, unsigned send_seconds, unsigned receive_seconds) {
+    struct timeval sending = {(time_t)send_seconds, 0}, receiving = {(time_t)receive_seconds, 0};
+    conn->patience_seconds = send_seconds;
+    (void)setsockopt(conn->fd, SOL_SOCKET, SO_SNDTIMEO, &sending, sizeof(sending));
+    (void)setsockopt(conn->fd, SOL_SOCKET, SO_RCVTIMEO, &receiving, sizeof(receiving));
 }
 
 static int send_failed(struct ws_conn *conn, int error, struct ws_loss *loss) {
@@ -271,6 +272,7 @@ static ssize_t receive_clear(struct ws_conn *conn, void *data, size_t size, stru
     do
         some = recv(conn->fd, data, size, MSG_WAITALL);
     while (some < 0 && errno == EINTR && !conn->cut);
+    /* Part of it may have come before the time was up: there is more then, as after a signal. */
     return some < 0 ? ws_lose(loss, errno, "receiving failed") : some;
 }
 

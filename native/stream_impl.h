@@ -67,8 +67,9 @@ int ws_conn_open(struct ws_conn *conn, const uint8_t token[WS_TOKEN_BYTES], bool
 int ws_conn_accept(struct ws_conn *conn, struct ws_tokens *tokens, bool tls, bool ktls,
                    unsigned timeout_ms, uint8_t id[WS_TOKEN_ID_BYTES], struct ws_loss *loss);
 
-/* From now on a send that gets nothing away for so long fails (0: never). */
-void ws_conn_set_patience(struct ws_conn *conn, unsigned seconds);
+/* From now on a send that gets nothing away for so long fails, and a receive that gets nothing
+ * (0: never). */
+void ws_conn_set_patience(struct ws_conn *conn, unsigned send_seconds, unsigned receive_seconds);
 
 /* Send all, or receive exactly `size` bytes: 0, or -1 with `loss`. Blocking. An end of the stream
  * before the first byte sets `loss->error` to 0. */
@@ -126,6 +127,12 @@ void ws_packer_sent(struct ws_packer *packer, size_t size, uint64_t nanoseconds)
 /* Decompress to exactly `room` bytes: 0, or -1. */
 int ws_unpack(const void *packed, size_t size, void *out, size_t room);
 
+/* ---- stream_memory.c: where frames lie ---- */
+
+/* Payloads for so many connections, WS_FRAME_MAX_PAYLOAD bytes each, one after the other; NULL
+ * without memory. Give them back with free(). */
+uint8_t *ws_payloads_new(size_t count);
+
 /* ---- stream_send.c: the source's end ---- */
 
 struct ws_volume {
@@ -162,7 +169,16 @@ struct ws_outcome {
 
 struct ws_sender;
 
-struct ws_sender *ws_sender_new(struct ws_conn **conns, size_t count, bool compress);
+/* How a sender works. */
+struct ws_manner {
+    bool compress;
+    bool ring;                 /* many scattered blocks at once, where the kernel can */
+    unsigned patience_seconds; /* a target that takes nothing for so long is lost */
+    unsigned ack_seconds;      /* the same for one that does not make a round durable */
+};
+
+struct ws_sender *ws_sender_new(struct ws_conn **conns, size_t count,
+                                const struct ws_manner *manner);
 void ws_sender_free(struct ws_sender *sender);
 struct ws_pace *ws_sender_pace(struct ws_sender *sender);
 
@@ -198,7 +214,7 @@ struct ws_sink {
 struct ws_receiver;
 
 struct ws_receiver *ws_receiver_new(const struct ws_sink *sinks, size_t sink_count, size_t conns,
-                                    uint64_t generation);
+                                    uint64_t generation, bool ring);
 /* Give it one of the connections it expects; it starts at once, and owns it. `first`: the source
  * waits for acknowledgements on this one. 0 or -errno. */
 int ws_receiver_add(struct ws_receiver *receiver, struct ws_conn *conn, bool first);

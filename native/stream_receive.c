@@ -7,8 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ALIGN 4096u
-
 /* What one connection works with: about 1.2 MiB, 3.2 MiB where frames are compressed or unaligned.
  */
 struct lane {
@@ -16,7 +14,7 @@ struct lane {
     struct ws_conn *conn;
     pthread_t thread;
     struct ws_ring *ring;
-    uint8_t *payload; /* aligned for any device */
+    uint8_t *payload; /* one of the receiver's */
     uint8_t *spare;   /* the same size; made when it is needed */
     struct ws_frame_header head;
     struct ws_frame_extent table[WS_FRAME_MAX_EXTENTS];
@@ -37,13 +35,15 @@ struct ws_receiver {
     uint64_t flush_ns;
     bool stopping;
     bool joined;
+    bool ring;
+    uint8_t *payloads; /* aligned for any device */
     pthread_mutex_t joining;   /* one joins, the others wait for it */
     struct ws_outcome outcome; /* the first failure */
     _Atomic uint64_t wire_bytes;
 };
 
 struct ws_receiver *ws_receiver_new(const struct ws_sink *sinks, size_t sink_count, size_t conns,
-                                    uint64_t generation) {
+                                    uint64_t generation, bool ring) {
     struct ws_receiver *receiver = calloc(1, sizeof(*receiver));
     if (receiver == NULL)
         return NULL;
@@ -54,7 +54,9 @@ struct ws_receiver *ws_receiver_new(const struct ws_sink *sinks, size_t sink_cou
     receiver->lanes = calloc(conns, sizeof(*receiver->lanes));
     receiver->expected = conns;
     receiver->generation = generation;
-    if (receiver->sinks == NULL || receiver->lanes == NULL) {
+    receiver->ring = ring;
+    receiver->payloads = ws_payloads_new(conns);
+    if (receiver->sinks == NULL || receiver->lanes == NULL || receiver->payloads == NULL) {
         ws_receiver_free(receiver);
         return NULL;
     }
@@ -67,6 +69,7 @@ void ws_receiver_free(struct ws_receiver *receiver) {
     if (receiver == NULL)
         return;
     free(receiver->lanes);
+    free(receiver->payloads);
     free(receiver->sinks);
     pthread_cond_destroy(&receiver->change);
     pthread_mutex_destroy(&receiver->joining);
@@ -74,14 +77,9 @@ void ws_receiver_free(struct ws_receiver *receiver) {
     free(receiver);
 }
 
-static uint8_t *make_payload(void) {
-    void *data = NULL;
-    return posix_memalign(&data, ALIGN, WS_FRAME_MAX_PAYLOAD) == 0 ? data : NULL;
-}
-
 static uint8_t *spare_of(struct lane *lane) {
     if (lane->spare == NULL)
-        lane->spare = make_payload();
+        lane->spare = ws_payloads_new(1);
     return lane->spare;
 }
 
@@ -278,7 +276,6 @@ static void *run_lane(void *argument) {
 }
 
 int ws_receiver_add(struct ws_receiver *receiver, struct ws_conn *conn, bool first) {
-    int rc = 0;
     pthread_mutex_lock(&receiver->lock);
     if (receiver->count == receiver->expected || receiver->stopping) {
         pthread_mutex_unlock(&receiver->lock);
@@ -288,20 +285,16 @@ int ws_receiver_add(struct ws_receiver *receiver, struct ws_conn *conn, bool fir
     struct lane *lane = &receiver->lanes[receiver->count];
     lane->receiver = receiver;
     lane->conn = conn;
-    lane->ring = ws_ring_new();
-    lane->payload = make_payload();
+    lane->ring = receiver->ring ? ws_ring_new() : NULL;
+    lane->payload = receiver->payloads + receiver->count * WS_FRAME_MAX_PAYLOAD;
     lane->first = first;
-    if (lane->payload == NULL)
-        rc = -ENOMEM;
-    else
-        rc = -pthread_create(&lane->thread, NULL, run_lane, lane);
+    int rc = -pthread_create(&lane->thread, NULL, run_lane, lane);
     if (rc == 0)
         receiver->count++;
     pthread_mutex_unlock(&receiver->lock);
     if (rc != 0) {
         ws_conn_free(conn);
         ws_ring_free(lane->ring);
-        free(lane->payload);
     }
     return rc;
 }
@@ -345,9 +338,10 @@ static void join(struct ws_receiver *receiver) {
         struct lane *lane = &receiver->lanes[i];
         ws_conn_free(lane->conn);
         ws_ring_free(lane->ring);
-        free(lane->payload);
         free(lane->spare);
     }
+    free(receiver->payloads);
+    receiver->payloads = NULL;
     pthread_mutex_unlock(&receiver->lock);
 }
 

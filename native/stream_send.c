@@ -4,6 +4,7 @@
 #include "stream_impl.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -12,8 +13,6 @@
 
 #define BATCH_EXTENTS 1024u
 #define MIN_ZERO_BYTES 65536u
-#define ALIGN 4096u
-#define PATIENCE_SECONDS 60u
 
 /* What one connection works with: about 2.3 MiB, and as much again for compression. */
 struct lane {
@@ -21,7 +20,7 @@ struct lane {
     struct ws_conn *conn;
     struct ws_ring *ring;
     struct ws_packer *packer; /* NULL: never compress */
-    uint8_t *data;
+    uint8_t *data; /* one of the sender's payloads */
     uint64_t pairs[2 * BATCH_EXTENTS];
     struct ws_piece pieces[BATCH_EXTENTS];
     struct ws_frame_extent table[WS_FRAME_MAX_EXTENTS];
@@ -50,6 +49,8 @@ struct round {
 struct ws_sender {
     struct lane *lanes;
     size_t count;
+    uint8_t *payloads;
+    unsigned ack_seconds;
     struct ws_pace pace;
     _Atomic bool stopping;
     _Atomic uint32_t frame_bytes, gap_bytes;
@@ -67,35 +68,35 @@ void ws_sender_tune(struct ws_sender *sender, uint32_t frame_bytes, uint32_t gap
     sender->nice = nice;
 }
 
-struct ws_sender *ws_sender_new(struct ws_conn **conns, size_t count, bool compress) {
+struct ws_sender *ws_sender_new(struct ws_conn **conns, size_t count,
+                                const struct ws_manner *manner) {
     struct ws_sender *sender = calloc(1, sizeof(*sender));
     if (sender == NULL)
         return NULL;
     ws_pace_init(&sender->pace);
+    sender->ack_seconds = manner->ack_seconds;
     ws_sender_tune(sender, WS_FRAME_MAX_PAYLOAD, 0, 0);
     sender->lanes = calloc(count, sizeof(*sender->lanes));
-    for (size_t i = 0; sender->lanes != NULL && i < count; i++) {
-        struct lane *lane = &sender->lanes[i];
-        void *data = NULL;
-        lane->sender = sender;
-        if (posix_memalign(&data, ALIGN, WS_FRAME_MAX_PAYLOAD) != 0)
-            data = NULL;
-        lane->data = data;
-        lane->packer = compress ? ws_packer_new() : NULL;
-        lane->ring = ws_ring_new();
-        sender->count = i + 1;
-        if (data == NULL || (compress && lane->packer == NULL)) {
-            ws_sender_free(sender);
-            return NULL;
-        }
-    }
-    if (sender->lanes == NULL) {
+    sender->payloads = ws_payloads_new(count);
+    if (sender->lanes == NULL || sender->payloads == NULL) {
         ws_sender_free(sender);
         return NULL;
     }
     for (size_t i = 0; i < count; i++) {
+        struct lane *lane = &sender->lanes[i];
+        lane->sender = sender;
+        lane->data = sender->payloads + i * WS_FRAME_MAX_PAYLOAD;
+        lane->packer = manner->compress ? ws_packer_new() : NULL;
+        lane->ring = manner->ring ? ws_ring_new() : NULL;
+        sender->count = i + 1;
+        if (manner->compress && lane->packer == NULL) {
+            ws_sender_free(sender);
+            return NULL;
+        }
+    }
+    for (size_t i = 0; i < count; i++) {
         sender->lanes[i].conn = conns[i];
-        ws_conn_set_patience(conns[i], PATIENCE_SECONDS);
+        ws_conn_set_patience(conns[i], manner->patience_seconds, manner->ack_seconds);
     }
     return sender;
 }
@@ -108,8 +109,8 @@ void ws_sender_free(struct ws_sender *sender) {
         ws_conn_free(lane->conn);
         ws_ring_free(lane->ring);
         ws_packer_free(lane->packer);
-        free(lane->data);
     }
+    free(sender->payloads);
     free(sender->lanes);
     ws_pace_destroy(&sender->pace);
     free(sender);
@@ -422,8 +423,14 @@ static int await_ack(struct lane *lane, uint64_t generation, uint64_t *flush_ns,
     struct ws_frame_header head;
     struct ws_fault fault;
     struct ws_part parts[1];
-    if (ws_conn_receive(lane->conn, &head, sizeof(head), loss) != 0)
-        return -1;
+    if (ws_conn_receive(lane->conn, &head, sizeof(head), loss) != 0) {
+        if (loss->error != EAGAIN)
+            return -1;
+        char text[80];
+        snprintf(text, sizeof(text), "the round was not durable there within %u s",
+                 lane->sender->ack_seconds);
+        return ws_lose(loss, ETIMEDOUT, text);
+    }
     struct ws_frame_header sealed = head;
     ws_frame_seal(&sealed, parts, 1);
     if (ws_frame_check_header(&head, WS_FRAME_ACK, false, &fault) != 0 ||

@@ -47,6 +47,20 @@ def choose_scheme(scheme: Scheme, devices: list[BlockDevice]) -> tuple[Scheme, s
 
 def ebpf_obstacle() -> str:
     """Return why the ebpf tracker cannot work on this host; empty if it can."""
+    global _ebpf_works  # noqa: PLW0603
+    if not _ebpf_works:
+        obstacle = _try_ebpf()
+        _ebpf_works = not obstacle
+        return obstacle
+    return ""
+
+
+_ebpf_works = False
+"""Asking loads the programs, which takes 50 ms of a start. What has worked once works as long as
+the kernel runs; an attach that fails all the same says so."""
+
+
+def _try_ebpf() -> str:
     if os.geteuid() != 0:
         return "the agent does not run as root"
     try:
