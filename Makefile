@@ -31,7 +31,9 @@ format: setup ## put the sources in the house style
 	$(BIN)/clang-format -i $(C_FILES)
 
 bench: setup ## all benchmarks: ratios, measured side by side in one run
-	$(BIN)/python -m benchmarks
+	@mkdir -p build/bench
+	$(BIN)/python -m benchmarks --json build/bench/results.json \
+	  --markdown build/bench/results.md --picture build/bench/results.svg
 
 sanitize: setup ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m pytest tests/test_sanitizers.py

@@ -173,6 +173,35 @@ def check_aes(host: Host) -> Check:
     return Check("aes", Verdict.WARNING, finding, "let the hypervisor pass AES through")
 
 
+def check_kernel_tls(host: Host) -> Check:
+    """Look for TLS in the kernel (tls.rst of its documentation): one copy less of each byte."""
+    available = host.proc / "sys/net/ipv4/tcp_available_ulp"
+    if available.exists() and "tls" in available.read_text().split():
+        return Check("kernel-tls", Verdict.OK, "the kernel encrypts data connections")
+    finding = "not in this kernel, or not loaded: OpenSSL encrypts in the agent, which costs more"
+    return Check("kernel-tls", Verdict.WARNING, finding, "modprobe tls, and start the agent again")
+
+
+def check_io_uring(_host: Host) -> Check:
+    """Make a ring, as data connections do: sysctl and seccomp both may forbid it."""
+    from native import stream
+
+    if stream.ring_works():
+        return Check("io-uring", Verdict.OK, "scattered blocks are read many at once")
+    finding = "refused: scattered blocks are read one by one, last rounds take longer"
+    mend = "sysctl kernel.io_uring_disabled=0, or let the container's seccomp profile allow it"
+    return Check("io-uring", Verdict.WARNING, finding, mend)
+
+
+def check_huge_pages(host: Host) -> Check:
+    """Look whether memory in huge pages is given to who asks for it (madvise(2))."""
+    setting = host.sys / "kernel/mm/transparent_hugepage/enabled"
+    if setting.exists() and "[never]" not in setting.read_text():
+        return Check("huge-pages", Verdict.OK, "given to those who ask")
+    finding = "not given: direct I/O pins many small pages, which costs more"
+    return Check("huge-pages", Verdict.WARNING, finding, f"echo madvise > {setting}")
+
+
 CHECKS: tuple[Callable[[Host], Check], ...] = (
     check_kernel,
     check_btf,
@@ -185,6 +214,9 @@ CHECKS: tuple[Callable[[Host], Check], ...] = (
     check_memory_lock,
     check_digests,
     check_aes,
+    check_kernel_tls,
+    check_io_uring,
+    check_huge_pages,
 )
 
 

@@ -17,6 +17,9 @@ TOKEN_ID_BYTES: int
 MAX_CONNECTIONS: int
 MAX_VOLUMES: int
 
+def ring_works() -> bool:
+    """Return whether this kernel, and what confines us, lets us have an io_uring."""
+
 class ConnectionLost(ConnectionError):  # noqa: N818
     """A connection that could not be made, or has ended; errno is 0 for an orderly end."""
 

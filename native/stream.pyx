@@ -64,6 +64,8 @@ cdef extern from "stream_impl.h" nogil:
         bint ring
         unsigned patience_seconds
         unsigned ack_seconds
+    struct ws_ring:
+        pass
     struct ws_tokens:
         pass
     struct ws_conn:
@@ -74,6 +76,8 @@ cdef extern from "stream_impl.h" nogil:
         pass
     struct ws_receiver:
         pass
+    ws_ring *ws_ring_new()
+    void ws_ring_free(ws_ring *ring)
     ws_tokens *ws_tokens_new()
     void ws_tokens_free(ws_tokens *tokens)
     int ws_tokens_add(ws_tokens *tokens, const uint8_t *token, uint64_t deadline_ns)
@@ -119,6 +123,14 @@ TOKEN_BYTES = WS_TOKEN_BYTES
 TOKEN_ID_BYTES = WS_TOKEN_ID_BYTES
 MAX_CONNECTIONS = WS_CONNECTIONS_MAX
 MAX_VOLUMES = 64
+
+
+def ring_works():
+    """Return whether this kernel, and what confines us, lets us have an io_uring."""
+    cdef ws_ring *ring = ws_ring_new()
+    cdef bint works = ring != NULL
+    ws_ring_free(ring)
+    return works
 
 
 class ConnectionLost(ConnectionError):  # noqa: N818

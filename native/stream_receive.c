@@ -36,7 +36,7 @@ struct ws_receiver {
     bool stopping;
     bool joined;
     bool ring;
-    uint8_t *payloads; /* aligned for any device */
+    uint8_t *payloads;         /* aligned for any device */
     pthread_mutex_t joining;   /* one joins, the others wait for it */
     struct ws_outcome outcome; /* the first failure */
     _Atomic uint64_t wire_bytes;

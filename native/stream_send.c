@@ -20,7 +20,7 @@ struct lane {
     struct ws_conn *conn;
     struct ws_ring *ring;
     struct ws_packer *packer; /* NULL: never compress */
-    uint8_t *data; /* one of the sender's payloads */
+    uint8_t *data;            /* one of the sender's payloads */
     uint64_t pairs[2 * BATCH_EXTENTS];
     struct ws_piece pieces[BATCH_EXTENTS];
     struct ws_frame_extent table[WS_FRAME_MAX_EXTENTS];

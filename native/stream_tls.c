@@ -12,8 +12,8 @@
 
 /* AES first: it has instructions of its own. Both hash with SHA-256, as the key asks for. */
 #define CIPHERS "TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256"
-/* Records of 16 KiB written in one system call. They are read one by one: OpenSSL 3.0 moves all that
- * it has read ahead to the front of its buffer before each record (ssl3_read_n). */
+/* Records of 16 KiB written in one system call. They are read one by one: OpenSSL 3.0 moves all
+ * that it has read ahead to the front of its buffer before each record (ssl3_read_n). */
 #define WRITE_BYTES (64 << 10)
 
 static const unsigned char AES_128_GCM[] = {0x13, 0x01};

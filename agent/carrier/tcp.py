@@ -11,6 +11,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,8 @@ class TcpCarrier:
             await self._call(partial(self._sender.send, jobs, generation))
         finally:
             ticking.cancel()
+            with suppress(asyncio.CancelledError):
+                await ticking  # what went wrong in it is said
             self._count(tick)
 
     async def flush(self, generation: int) -> float:

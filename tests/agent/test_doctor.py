@@ -27,6 +27,12 @@ def host(tmp_path: Path) -> Host:
     (proc / "self/mountinfo").write_text(MOUNTS + BPF_MOUNT)
     (proc / "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu aes avx2\n")
     (system / "kernel/btf/vmlinux").write_bytes(b"")
+    for path, text in (
+        (proc / "sys/net/ipv4/tcp_available_ulp", "espintcp mptcp tls\n"),
+        (system / "kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n"),
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
     return Host(state, proc, system, "6.1.0-18-amd64")
 
 
@@ -39,7 +45,17 @@ def test_all_checks_of_this_host(tmp_path: Path) -> None:
         assert (check.mend == "") == (check.verdict is Verdict.OK), check
 
 
-HEALTHY = ["kernel", "btf", "privileges", "bpffs", "state_dir", "memory_lock", "aes"]
+HEALTHY = [
+    "kernel",
+    "btf",
+    "privileges",
+    "bpffs",
+    "state_dir",
+    "memory_lock",
+    "aes",
+    "kernel_tls",
+    "huge_pages",
+]
 
 
 @pytest.mark.parametrize("name", HEALTHY)
@@ -59,6 +75,11 @@ def damage(host: Host, name: str) -> None:
             (host.proc / "self/mountinfo").write_text(MOUNTS)
         case "aes":
             (host.proc / "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu aesx\n")
+        case "kernel_tls":
+            (host.proc / "sys/net/ipv4/tcp_available_ulp").write_text("mptcp\n")
+        case "huge_pages":
+            path = host.sys / "kernel/mm/transparent_hugepage/enabled"
+            path.write_text("always madvise [never]\n")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +89,8 @@ def damage(host: Host, name: str) -> None:
         ("privileges", "as root"),
         ("bpffs", "mount -t bpf bpf /sys/fs/bpf"),
         ("aes", "hypervisor"),
+        ("kernel_tls", "modprobe tls"),
+        ("huge_pages", "echo madvise"),
     ],
 )
 def test_what_is_lacking_is_a_warning_with_its_mend(host: Host, name: str, mend: str) -> None:
@@ -165,3 +188,12 @@ def test_the_portable_kernel_is_a_warning(host: Host, monkeypatch: pytest.Monkey
     assert doctor.check_digests(host).verdict is Verdict.WARNING
     monkeypatch.setattr(chunk, "implementation", lambda: "avx2")
     assert doctor.check_digests(host).verdict is Verdict.OK
+
+
+def test_a_host_without_io_uring(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    from native import stream
+
+    monkeypatch.setattr(stream, "ring_works", lambda: False)
+    check = doctor.check_io_uring(host)
+    assert check.verdict is Verdict.WARNING
+    assert "io_uring_disabled" in check.mend

@@ -84,7 +84,13 @@ def greeted(tokens: Tokens, token: bytes, *, tls: bool) -> tuple[Connection, Con
 
 @contextmanager
 def line(
-    directory: Path, *, tls: bool = False, connections: int = 3, compress: bool = False
+    directory: Path,
+    *,
+    tls: bool = False,
+    connections: int = 3,
+    compress: bool = False,
+    ring: bool = True,
+    ack_seconds: int = 300,
 ) -> Iterator[Line]:
     source, target = directory / "source.img", directory / "target.img"
     source.write_bytes(noise())
@@ -92,11 +98,18 @@ def line(
     devices = [BlockDevice(str(source)), BlockDevice(str(target), writable=True)]
     tokens = Tokens()
     pairs = [greeted(tokens, tokens.issue(SECONDS), tls=tls) for _ in range(connections)]
-    receiver = Receiver([devices[1]], [SIZE], connections=connections, generation=1)
+    receiver = Receiver([devices[1]], [SIZE], connections=connections, generation=1, ring=ring)
     said = [one.description for pair in pairs for one in pair]
     for index, (_, accepted) in enumerate(pairs):
         receiver.add(accepted, first=index == 0)
-    sender = Sender([opened for opened, _ in pairs], [devices[0]], [None], compress=compress)
+    sender = Sender(
+        [opened for opened, _ in pairs],
+        [devices[0]],
+        [None],
+        compress=compress,
+        ring=ring,
+        ack_seconds=ack_seconds,
+    )
     try:
         yield Line(sender, receiver, source, target, devices, said)
     finally:
@@ -275,6 +288,94 @@ def test_a_source_that_is_gone_is_noticed(tmp_path: Path, tls: bool) -> None:
         one.sender.cut()
         with pytest.raises(ConnectionLost):
             one.receiver.wait()
+
+
+@TLS
+def test_a_target_that_stops_reading_is_given_up(tmp_path: Path, tls: bool) -> None:
+    """It greeted, and then took nothing more: stopped, or hung on its device."""
+    with line(tmp_path, tls=tls):
+        pass  # what is made once is there now
+    before = held()
+    source = tmp_path / "source.img"
+    tokens = Tokens()
+    opened, deaf = greeted(tokens, tokens.issue(SECONDS), tls=tls)
+    with BlockDevice(str(source)) as device:
+        marks = DirtyBitmap(SIZE, BLOCK)
+        marks.set_all()
+        sender = Sender([opened], [device], [None], patience_seconds=1)
+        with pytest.raises(ConnectionLost, match="it took nothing for 1 s"):
+            sender.send([(0, marks)], 1)
+        sender.close()
+    deaf.close()
+    until(lambda: held() <= before)
+
+
+@TLS
+def test_a_round_that_is_never_acknowledged_ends(tmp_path: Path, tls: bool) -> None:
+    with line(tmp_path, tls=tls, ack_seconds=1) as one:
+        one.marks.set_all()
+        one.sender.send([(0, one.marks)], 1)
+        with pytest.raises(ConnectionLost, match="not durable there within 1 s"):
+            one.sender.end(1)
+
+
+@TLS
+@pytest.mark.parametrize("cut_at", [10, 100, -10], ids=["header", "table", "payload"])
+def test_a_source_that_vanishes_within_a_frame(tmp_path: Path, tls: bool, cut_at: int) -> None:
+    """A truncated stream is an error, never an end; nothing of the frame is written."""
+    with line(tmp_path, tls=tls):
+        pass
+    before = held()
+    with line(tmp_path, tls=tls, connections=1) as one:
+        untouched = one.target.read_bytes()
+        one.sender.send_frame(frame(one.source)[:cut_at])
+        one.sender.cut()
+        with pytest.raises(ConnectionLost):
+            one.receiver.wait()
+        assert one.target.read_bytes() == untouched
+    until(lambda: held() <= before)
+
+
+def test_scattered_blocks_without_io_uring(tmp_path: Path) -> None:
+    """Where a container's seccomp profile forbids it."""
+    with line(tmp_path, ring=False) as one:
+        for offset in range(0, SIZE, 5 * BLOCK):
+            one.marks.set_range(offset, BLOCK)
+        one.round()
+        one.marks.clear()
+        one.marks.set_all()
+        one.round(2)
+        assert one.is_equal()
+
+
+@pytest.mark.parametrize("how", ["pause", "limit"])
+def test_controls_act_within_a_slice_and_hold_no_acknowledgement(tmp_path: Path, how: str) -> None:
+    """What counts as a tenth of a second is bytes here: a slice a connection may still go out."""
+    with line(tmp_path, connections=2) as one:
+        one.marks.set_all()
+        one.sender.limit(20 << 20)
+        sending = in_background(lambda: one.sender.send([(0, one.marks)], 1))
+        until(lambda: one.sender.counters()[1] > 1 << 20)
+        if how == "pause":
+            one.sender.pause(True)
+        else:
+            one.sender.limit(4096)
+        time.sleep(0.1)
+        at = one.sender.counters()[1]
+        time.sleep(0.3)
+        assert one.sender.counters()[1] - at <= 2 * (256 << 10)
+        assert not sending.done()
+        one.sender.limit(0)
+        one.sender.pause(False)
+        sending.result(SECONDS)
+        # All is sent: the acknowledgement is waited for under any limit, and in a pause.
+        one.sender.limit(1)
+        one.sender.pause(True)
+        ended = in_background(lambda: one.sender.end(1))
+        one.receiver.wait()
+        one.receiver.acknowledge(0.25)
+        assert ended.result(SECONDS) == pytest.approx(0.25)
+        assert one.is_equal()
 
 
 def test_a_read_error_names_the_device(tmp_path: Path) -> None:
