@@ -47,6 +47,7 @@ class TransferConfig:
     threads: int = 4
     connections: int = 4
     data_port: int = 0
+    checkpoint_bytes: int = 8 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,7 @@ def validate(config: AgentConfig) -> None:
     _check_range("transfer.threads", config.transfer.threads, 1, 256)
     _check_range("transfer.connections", config.transfer.connections, 1, 64)
     _check_range("transfer.data_port", config.transfer.data_port, -1, 65535)
+    _check_range("transfer.checkpoint_bytes", config.transfer.checkpoint_bytes, 1 << 20, 1 << 50)
     _check_range("limits.max_migrations", config.limits.max_migrations, 1, 1000)
     _check_range("limits.bandwidth", config.limits.bandwidth_bytes_per_second, 0, (1 << 63) - 1)
 
@@ -252,6 +254,7 @@ _KEYS: Mapping[str, Reader] = {
         threads=_number,
         connections=_number,
         data_port=_number,
+        checkpoint_bytes=_number,
     ),
     "limits": _section(_limits, max_migrations=_number, bandwidth=_rate),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from agent.disk import SourceDisk, not_quiesced
@@ -26,10 +27,17 @@ _RETRY_SECONDS = 0.5
 
 
 class Cutover:
-    """One attempt. `releasing` is true from when the target may own the disk."""
+    """One attempt. `fencing` is true from when the fence may be up, `releasing` from when the
+    target may own the disk; `write_down` is called before the first comes true.
+    """
 
     def __init__(
-        self, sender: Sender, peer: Peer, token: str, asked_seconds: float | None = None
+        self,
+        sender: Sender,
+        peer: Peer,
+        token: Callable[[], str],
+        asked_seconds: float | None = None,
+        write_down: Callable[[], None] = lambda: None,
     ) -> None:
         self._sender = sender
         self._peer = peer
@@ -40,6 +48,8 @@ class Cutover:
         # The downtime counts from when it was asked for (monotonic clock).
         self._started = self._lap = asked_seconds or time.monotonic()
         self._parts = DowntimeParts()
+        self._write_down = write_down
+        self.fencing = False
         self.releasing = False
 
     async def run(self) -> None:
@@ -70,12 +80,15 @@ class Cutover:
         # the write permission of a file does not matter to who has it open.
         if any(disk.tracker.looks_cheaply or disk.device.is_block_device for disk in sender.disks):
             await self._look()
+        self.fencing = True
+        self._write_down()
         try:
             await sender.on_disks(SourceDisk.fence)
             await sender.on_disks(SourceDisk.flush)
             await self._look()
         except BaseException:
             await sender.on_disks(SourceDisk.unfence)
+            self.fencing = False
             raise
 
     async def _look(self) -> None:
@@ -92,7 +105,7 @@ class Cutover:
         deadline = time.monotonic() + RELEASE_SECONDS
         while True:
             try:
-                await self._peer.release(self._token, self._sender.generation)
+                await self._peer.release(self._token(), self._sender.generation)
                 return
             except Unavailable as error:
                 if time.monotonic() > deadline:

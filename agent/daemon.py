@@ -66,6 +66,7 @@ async def serve(config: AgentConfig, *, as_json: bool = False) -> None:
         raise
     try:
         registry.data_port = open_data_port(config, server.address)
+        registry.start()
         _announce(server, config, as_json=as_json)
         await stop.wait()
     finally:

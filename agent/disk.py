@@ -8,19 +8,31 @@ All calls block: run them on a thread. Never talks to the target.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.device import count_writes, identities, io_error, is_claimed, map_data, open_device
-from agent.errors import FailedPrecondition, InvalidArgument
+from agent.device import (
+    count_writes,
+    disk_range,
+    identities,
+    io_error,
+    is_claimed,
+    map_data,
+    open_device,
+)
+from agent.errors import FailedPrecondition, InvalidArgument, WarmsyncError
 from agent.heat import Heat
 from agent.migration import Identity, Scheme, Volume
+from agent.store import Store
 from agent.tracker import Take, Tracker, has_mark
 from agent.tracker.choice import fit_block, make_tracker
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 
 _log = logging.getLogger(__name__)
+
+_PENDING, _TAKEN = "pending", "taken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,30 +66,76 @@ class SourceDisk:
     """A volume being tracked; `pending` marks what may differ from the target."""
 
     def __init__(
-        self, source: OpenSource, scheme: Scheme, block_size_bytes: int, pin_dir: Path
+        self,
+        source: OpenSource,
+        scheme: Scheme,
+        block_size_bytes: int,
+        pin_dir: Path,
+        store: Store | None = None,
     ) -> None:
         size_bytes = source.volume.size_bytes
         block = fit_block(scheme, size_bytes, block_size_bytes)
         self.volume = Volume(source.volume.source, source.volume.target, size_bytes, block)
+        self.source = source
         self.device = source.device
-        self.tracker: Tracker = make_tracker(scheme, source.device, block, pin_dir)
+        self._store = store or Store(None)
+        self.tracker: Tracker = make_tracker(scheme, source.device, block, pin_dir, self._store)
         self.pending = DirtyBitmap(size_bytes, block)
         self._chosen: DirtyBitmap | None = None
         # Digests tell of what was not sent, whether or not it was written again: all that is held
         # back once would look hot for ever.
-        self._heat = Heat(size_bytes, block) if self.tracker.digests is None else None
+        self._heat = Heat(size_bytes, block) if self.tracker.looks_cheaply else None
         # Kept: mapping new ones would take longer than all that is done with them.
         self._marks = DirtyBitmap(size_bytes, block)
         self._part = DirtyBitmap(size_bytes, block)
         self._taken_seconds = 0.0
+        self.known_key = self.key()
         self._fenced = False
 
     def start(self) -> None:
         """Start tracking. From here on every write is noticed, and everything is to be sent."""
+        geometry = self.volume.size_bytes, self.volume.block_size_bytes
+        # Before the tracker: no room for them must leave nothing behind.
+        self.pending = self._store.make_bitmap(_PENDING, *geometry)
+        self._marks = self._store.make_bitmap(_TAKEN, *geometry)
         try:
             self.tracker.start()
         except OSError as error:
             raise io_error("source", error) from error
+        self.pending.set_all()
+
+    def resume(self, *, believed: bool) -> str:
+        """Go on where the agent before this one has ended.
+
+        `believed`: on the same boot, with the same device. Returns why all is to be sent again, if
+        it is; empty where only what was pending is.
+        """
+        if not believed:
+            self.start()
+            return f"{self.volume.source} is not what it was: the host or the device was restarted"
+        geometry = self.volume.size_bytes, self.volume.block_size_bytes
+        try:
+            self.pending = self._store.open_bitmap(_PENDING, *geometry)
+            self._marks = self._store.open_bitmap(_TAKEN, *geometry)
+            self.tracker.resume()
+        except (OSError, WarmsyncError) as error:
+            self.start()
+            return str(error)
+        # Taken, and perhaps not yet merged when the end came.
+        self.pending.merge(self._marks)
+        return ""
+
+    def key(self) -> tuple[int, int, int]:
+        """Return what the source is on this boot: major, minor and disk sequence; or a file's."""
+        status = os.fstat(self.device.fileno())
+        if not self.device.is_block_device:
+            return status.st_dev, status.st_ino, 0
+        disk = disk_range(status.st_rdev)
+        return os.major(status.st_rdev), os.minor(status.st_rdev), disk.disk_sequence
+
+    def forget_target(self) -> None:
+        """Nothing is known any more of what the target holds: all is to be sent."""
+        self._chosen = None
         self.pending.set_all()
 
     def map_data(self) -> DirtyBitmap:
@@ -113,6 +171,17 @@ class SourceDisk:
         self._taken_seconds = at_seconds
         return take
 
+    def choose_within(self, start_bytes: int, end_bytes: int) -> DirtyBitmap:
+        """Return what is pending in a part of the volume; it counts as chosen, all else stays."""
+        size = self.volume.size_bytes
+        self._part.clear()
+        self._part.merge(self.pending)
+        self._part.clear_range(0, min(start_bytes, size))
+        if end_bytes < size:
+            self._part.clear_range(end_bytes, size - end_bytes)
+        self._chosen = self._part
+        return self._part
+
     def choose(self, hold_bytes: int = 0) -> DirtyBitmap:
         """Return what this round sends: what is pending, but up to `hold_bytes` that are hot.
 
@@ -128,6 +197,10 @@ class SourceDisk:
                 self._heat.subtract_hot(self._part, hold_bytes)
                 self._chosen = self._part
         return self._chosen
+
+    def count_chosen(self) -> int:
+        """Return the bytes that are chosen."""
+        return 0 if self._chosen is None else self._chosen.count_bytes()
 
     def settle(self) -> None:
         """What was chosen is durable on the target: it is not pending any more, all else is."""
@@ -196,10 +269,18 @@ class SourceDisk:
             self.device.set_read_only(False)
             self._fenced = False
 
+    def detach(self) -> None:
+        """Let go of everything; the kernel goes on tracking, and `resume` finds what is pending."""
+        try:
+            self.tracker.detach()
+        finally:
+            self.device.close()
+
     def close(self) -> None:
         """Stop tracking and close the device; a fence stays up. Safe to call twice."""
         try:
             self.tracker.stop()
+            self._store.remove()
         finally:
             self.device.close()
 

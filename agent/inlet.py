@@ -28,12 +28,21 @@ Flush = Callable[[int], Awaitable[float]]
 
 
 class Inlet:
-    """Receives on `connections` connections until it is stopped or fails."""
+    """Receives on `connections` connections until it is stopped or fails.
+
+    `generation` is the first that it takes.
+    """
 
     def __init__(
-        self, devices: Sequence[BlockDevice], sizes_bytes: Sequence[int], connections: int
+        self,
+        devices: Sequence[BlockDevice],
+        sizes_bytes: Sequence[int],
+        connections: int,
+        generation: int = 1,
     ) -> None:
-        self._receiver = Receiver(devices, sizes_bytes, connections=connections, generation=1)
+        self._receiver = Receiver(
+            devices, sizes_bytes, connections=connections, generation=generation
+        )
         self._missing = connections
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inlet")
         self._task: asyncio.Task[None] | None = None
@@ -114,8 +123,8 @@ def _domain_error(error: Exception) -> WarmsyncError:
     if isinstance(error, ConnectionLost):
         return Unavailable(
             "SOURCE_LOST",
-            f"the stream from the source ended before the cutover ({error.strerror}); "
-            "start a new migration",
+            f"the stream from the source ended before the cutover ({error.strerror}); the source "
+            "comes back by itself, or cancel the migration there",
         )
     if isinstance(error, OSError):
         return io_error("target", error)

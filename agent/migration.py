@@ -128,6 +128,9 @@ class Progress:
     advice: str = ""
     suspect_volumes: int = 0
     guest_limit_bytes_per_second: int = 0
+    trouble: str = ""
+    resumes: int = 0
+    resumed_saved_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,19 @@ class SessionRequest:
     source_identities: tuple[tuple[Identity, ...], ...]
 
 
+def session_token(secret: str, epoch: int) -> str:
+    """Return what the calls of a session show. `epoch` counts the connections of its source."""
+    return f"{secret}/{epoch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What a target says to a source that has come back: its durable generation; who owns."""
+
+    generation: int
+    released: bool
+
+
 class Peer(Protocol):
     """The target's agent, as its source sees it. Every call may raise the domain's errors."""
 
@@ -32,7 +45,10 @@ class Peer(Protocol):
         """Where it is reached."""
 
     async def open_session(self, request: SessionRequest) -> str:
-        """Claim all target devices, or none; returns the session's token."""
+        """Claim all target devices, or none; returns the session's secret, for epoch 1."""
+
+    async def resume(self, secret: str, epoch: int) -> Resumed:
+        """Take a session up again after a connection, or an agent, was lost."""
 
     async def open_carrier(self, token: str, request: CarrierRequest) -> Carrier:
         """Return a carrier for the frames of a session: of the kind that is asked for, or fail."""

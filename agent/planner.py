@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from agent.extent import Extents, complement, cut, pack, total_bytes
+from agent.extent import Extents, cut, pack, total_bytes
 from native.bitmap import DirtyBitmap
 from native.frame import MAX_PAYLOAD_BYTES
 
@@ -41,9 +41,9 @@ def plan_dirty(volume: int, dirty: DirtyBitmap, gap_bytes: int = GAP_BYTES) -> I
             yield Batch(volume, extents, total_bytes(extents), hole=False)
 
 
-def plan_holes(volume: int, data: DirtyBitmap) -> Iterator[Batch]:
-    """Iterate all that is not marked as data: the target zeroes it."""
-    return _plan_holes(volume, complement(data.extents(), data.size_bytes))
+def plan_holes(volume: int, holes: DirtyBitmap) -> Iterator[Batch]:
+    """Iterate what is marked, and known to hold no data: the target zeroes it."""
+    return _plan_holes(volume, holes.extents())
 
 
 def _plan_holes(volume: int, holes: Iterable[tuple[int, int]]) -> Iterator[Batch]:

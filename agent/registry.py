@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from secrets import compare_digest
 from typing import TypeAlias
 
 from agent.bell import Bell
@@ -23,6 +24,7 @@ from agent.carrier.port import DataPort
 from agent.config import AgentConfig
 from agent.device import boot_id, identities
 from agent.disk import OpenSource, SourceDisk, open_source
+from agent.ended import Ended, give_up
 from agent.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -32,19 +34,30 @@ from agent.errors import (
     Unavailable,
     WarmsyncError,
 )
+from agent.journal import Journal
 from agent.migration import PROTOCOL_VERSION, Identity, Plan, Role, Scheme, Totals, check_plan
-from agent.peer import Peer, SessionRequest
+from agent.peer import Peer, SessionRequest, session_token
+from agent.record import SourceRecord, TargetRecord, dump, load_source, load_target
 from agent.sender import Workshop
 from agent.source import Prepared, SourceMigration
-from agent.state import State
-from agent.target import TargetSession, open_targets
+from agent.state import TERMINAL, State
+from agent.store import Store
+from agent.target import (
+    TargetSession,
+    new_session,
+    open_devices,
+    open_targets,
+    session_not_found,
+)
 from agent.tracker.choice import choose_scheme, fit_block, remove_stale
+from native.blockio import BlockDevice
 from native.buffer import BufferPool
 from native.frame import MAX_PAYLOAD_BYTES
 
 _log = logging.getLogger(__name__)
 
-End: TypeAlias = SourceMigration | TargetSession
+Source: TypeAlias = SourceMigration | Ended
+End: TypeAlias = Source | TargetSession
 
 
 class Registry:
@@ -61,9 +74,10 @@ class Registry:
             self._pool,
             config.transfer.read_ahead_frames,
             config.transfer.connections,
+            config.transfer.checkpoint_bytes,
         )
         self.data_port: DataPort | None = None
-        self._sources: dict[str, SourceMigration] = {}
+        self._sources: dict[str, Source] = {}
         self._targets: dict[str, TargetSession] = {}
         # Devices of migrations that have not ended, and ids being created.
         self._taken: dict[tuple[Role, str], list[Identity]] = {}
@@ -73,8 +87,11 @@ class Registry:
         undo_left_behind(self._brakes)
         digest = hashlib.sha256(os.path.realpath(config.state_dir).encode()).hexdigest()
         self._pins = Path(config.bpffs_dir) / digest[:12]
-        for name in remove_stale(self._pins):
-            _log.warning("removed a tracker that an earlier agent left behind name=%s", name)
+        self._volumes = Path(config.state_dir) / "volumes"
+        self._journal = Journal(Path(config.state_dir))
+        self._written: dict[str, SourceRecord] = {}
+        self._telling: set[asyncio.Task[None]] = set()
+        self._restore()
 
     @property
     def workshop(self) -> Workshop:
@@ -108,7 +125,7 @@ class Registry:
             )
         return end
 
-    def get_source(self, name: str) -> SourceMigration:
+    def get_source(self, name: str) -> Source:
         """Return a migration that this agent is the source of: only there it can be steered."""
         end = self.get(name)
         if isinstance(end, TargetSession):
@@ -122,9 +139,16 @@ class Registry:
     def session(self, token: str) -> TargetSession:
         """Return the session of a token. NotFound."""
         for session in self._targets.values():
-            if session.token == token:
+            if session.is_named_by(token):
                 return session
-        raise NotFound("SESSION_NOT_FOUND", "this agent has no such session; start a new migration")
+        raise session_not_found()
+
+    def session_of(self, secret: str) -> TargetSession:
+        """Return the session of a secret, whatever its epoch. NotFound."""
+        for session in self._targets.values():
+            if compare_digest(session.secret.encode(), secret.encode()):
+                return session
+        raise session_not_found()
 
     def cap_limit(self, limit_bytes_per_second: int) -> int:
         """Return a migration's bandwidth limit (0: none) within the configuration's."""
@@ -139,6 +163,139 @@ class Registry:
         if never_began:
             self._taken.pop((Role.TARGET, session.id), None)
             del self._targets[session.id]
+            self._journal.remove(Role.TARGET, session.id)
+
+    def _restore(self) -> None:
+        """Find what the agent before this one wrote down. Fences go up again before all else."""
+        sources: dict[str, SourceRecord] = {}
+        for role, name, values in self._journal.load():
+            try:
+                if role is Role.TARGET:
+                    self._restore_target(load_target(values))
+                else:
+                    sources[name] = self._written[name] = load_source(values)
+            except ValueError as error:
+                _log.error('record not understood id=%s role=%s reason="%s"', name, role, error)
+        for record in sources.values():
+            self._restore_source(record)
+        going_on = self._tracked()
+        for name in remove_stale(self._pins, going_on):
+            _log.warning("removed a tracker that an earlier agent left behind name=%s", name)
+        for path in self._volumes.glob("*"):
+            if path.stem not in going_on:
+                path.unlink()
+
+    def _tracked(self) -> set[str]:
+        going_on = [one for one in self._sources.values() if isinstance(one, SourceMigration)]
+        return {f"{one.id}-{i}" for one in going_on for i in range(len(one.disks))}
+
+    def _restore_target(self, record: TargetRecord) -> None:
+        devices: list[BlockDevice] = []
+        open_states = (State.PENDING, State.SEEDING, State.SYNCING)
+        if record.history[-1].state in open_states:
+            try:
+                devices = open_devices(record.plan.volumes, self.config.allow_devices)
+            except WarmsyncError as error:  # tried again when its source comes back
+                _log.error('target not claimed id=%s reason="%s"', record.plan.id, error)
+        self._targets[record.plan.id] = self._make_session(record, devices)
+        found = [one for volume in record.plan.volumes for one in _identities(volume.target)]
+        if record.history[-1].state not in TERMINAL:
+            self._taken[Role.TARGET, record.plan.id] = found
+
+    def _make_session(self, record: TargetRecord, devices: list[BlockDevice]) -> TargetSession:
+        return TargetSession(
+            record, devices, self._workshop, self._journal, self.config.allow_devices
+        )
+
+    def _restore_source(self, record: SourceRecord) -> None:
+        name = record.plan.id
+        if record.history[-1].state in TERMINAL:
+            self._sources[name] = Ended(record)
+            return
+        try:
+            prepared = self._take_up(record)
+        except (WarmsyncError, OSError) as error:
+            _log.error('migration cannot go on id=%s reason="%s"', name, error)
+            self._sources[name] = Ended(give_up(record, error))
+            return
+        migration = SourceMigration(prepared, self._workshop, self._journal)
+        self._sources[name] = migration
+        self._taken[Role.SOURCE, name] = [
+            one for volume in record.plan.volumes for one in _identities(volume.source)
+        ]
+        _log.info("migration found again id=%s state=%s", name, migration.state)
+
+    def _take_up(self, record: SourceRecord) -> Prepared:
+        """Open the sources of a migration again, and take their trackers up."""
+        plan, disks = record.plan, list[SourceDisk]()
+        owns = record.history[-1].state is not State.CUT_OVER
+        suspect = ""
+        try:
+            for i, volume in enumerate(plan.volumes):
+                source = open_source(volume, self.config.allow_devices)
+                disk = self._make_disk(source, record.scheme, plan, i)
+                disks.append(disk)
+                if record.releasing or not owns:
+                    disk.fence()
+                if owns:
+                    same = record.boot_id == boot_id() and record.devices[i] == disk.known_key
+                    suspect = suspect or disk.resume(believed=same)
+            request = _request(plan, [disk.source for disk in disks], record.scheme)
+            peer = self._connect(plan.peer)
+        except BaseException:
+            for disk in disks:
+                disk.detach()
+            raise
+        brake = self._find_brake_again(plan, disks)
+        if suspect:
+            _log.warning('marks not believed, all is sent id=%s reason="%s"', plan.id, suspect)
+        return Prepared(
+            plan,
+            record.scheme,
+            record.scheme_reason,
+            disks,
+            peer,
+            record.secret,
+            request,
+            brake,
+            restored=record,
+            suspect=suspect,
+        )
+
+    def _find_brake_again(self, plan: Plan, disks: list[SourceDisk]) -> Brake | None:
+        try:
+            return self._find_brake(plan, [disk.source for disk in disks])
+        except WarmsyncError as error:
+            _log.warning('the guest cannot be slowed any more id=%s reason="%s"', plan.id, error)
+            return None
+
+    def _make_disk(self, source: OpenSource, scheme: Scheme, plan: Plan, index: int) -> SourceDisk:
+        name = f"{plan.id}-{index}"
+        store = Store(self._volumes, name)
+        return SourceDisk(source, scheme, plan.block_size_bytes, self._pins / name, store)
+
+    def start(self) -> None:
+        """Let the migrations go on that were found again."""
+        for source in self._sources.values():
+            source.start()
+            if isinstance(source, Ended) and source.record != self._written.get(source.id):
+                self._telling.add(asyncio.create_task(self._tell_end(source)))
+
+    async def _tell_end(self, source: Ended) -> None:
+        """Write down that a migration could not be taken up, and let its target go."""
+        record = source.record
+        try:
+            self._journal.save(Role.SOURCE, source.id, dump(record))
+            if record.history[-1].state is not State.FAILED:
+                return
+            peer = self._connect(record.plan.peer)
+            try:
+                token = session_token(record.secret, record.epoch)
+                await peer.abort(token, str(record.error), cancelled=False)
+            finally:
+                await peer.close()
+        except WarmsyncError as error:
+            _log.warning('target not told of the end id=%s reason="%s"', source.id, error)
 
     async def create(self, plan: Plan) -> SourceMigration:
         """Check everything on both hosts and start. Whatever fails leaves nothing behind."""
@@ -149,7 +306,13 @@ class Registry:
         prepared: Prepared | None = None
         try:
             prepared = await self._prepare(plan)
-            migration = SourceMigration(prepared, self._workshop)
+            migration = SourceMigration(prepared, self._workshop, self._journal)
+            try:
+                migration.write_down()
+            except WarmsyncError as error:
+                await self._undo([], prepared.disks, prepared.peer, prepared.secret, error)
+                prepared = None
+                raise
         finally:
             if prepared is None:
                 del self._taken[Role.SOURCE, plan.id]
@@ -177,7 +340,8 @@ class Registry:
                 found = [one for device in devices for one in identities(device.path)]
                 self._check_running()
                 self._take(Role.TARGET, request.migration_id, found)
-                session = TargetSession(request, devices, self._threads, self._pool)
+                session = self._make_session(new_session(request), devices)
+                session.write_down()
             except BaseException:
                 for device in devices:
                     device.close()
@@ -213,18 +377,22 @@ class Registry:
             )
         role = end.snapshot().role
         self._taken.pop((role, name), None)
+        self._journal.remove(role, name)
         (self._sources if role is Role.SOURCE else self._targets).pop(name)
 
     async def close(self) -> None:
-        """End what is not cut over, at both ends, and give everything back. Once only."""
+        """Give everything back; what is written down goes on with the next start. Once only."""
         self._closed.set()
+        for task in self._telling:
+            task.cancel()
         stopping = _stopping()
         await asyncio.gather(*(source.close(stopping) for source in self._sources.values()))
         for session in self._targets.values():
-            session.close(stopping)
+            session.close()
         await asyncio.gather(*(session.ended() for session in self._targets.values()))
         await asyncio.to_thread(self._threads.shutdown)
         self._pool.close()
+        self._journal.close()
         with suppress(OSError):  # never made, or not empty: then the next start tidies up
             self._pins.rmdir()
 
@@ -232,7 +400,7 @@ class Registry:
         sources = await self._open_sources(plan)
         disks: list[SourceDisk] = []
         peer: Peer | None = None
-        token = ""
+        secret = ""
         try:
             brake = await asyncio.to_thread(self._find_brake, plan, sources)
             wanted = [one for s in sources for one in s.identities]
@@ -243,20 +411,20 @@ class Registry:
                 choose_scheme, plan.scheme, [source.device for source in sources]
             )
             peer = self._connect(plan.peer)
-            opening = asyncio.ensure_future(peer.open_session(_request(plan, sources, scheme)))
+            request = _request(plan, sources, scheme)
+            opening = asyncio.ensure_future(peer.open_session(request))
             try:
                 # Meanwhile, as both take a while.
                 for i, source in enumerate(sources):
-                    pin_dir = self._pins / f"{plan.id}-{i}"
-                    disks.append(SourceDisk(source, scheme, plan.block_size_bytes, pin_dir))
+                    disks.append(self._make_disk(source, scheme, plan, i))
                     await asyncio.to_thread(disks[-1].start)
             finally:
-                token = await opening
+                secret = await opening
             self._check_running()
         except BaseException as error:
-            await self._undo(sources, disks, peer, token, error)
+            await self._undo(sources, disks, peer, secret, error)
             raise
-        return Prepared(plan, scheme, reason, disks, peer, token, brake)
+        return Prepared(plan, scheme, reason, disks, peer, secret, request, brake)
 
     def _find_brake(self, plan: Plan, sources: list[OpenSource]) -> Brake | None:
         if plan.guest_throttle is None:
@@ -283,7 +451,7 @@ class Registry:
         sources: list[OpenSource],
         disks: list[SourceDisk],
         peer: Peer | None,
-        token: str,
+        secret: str,
         error: BaseException,
     ) -> None:
         for disk in disks:
@@ -291,9 +459,9 @@ class Registry:
         for source in sources:
             source.device.close()
         if peer is not None:
-            if token:
+            if secret:
                 with suppress(WarmsyncError):  # the error that led here is the one to report
-                    await peer.abort(token, str(error), cancelled=False)
+                    await peer.abort(session_token(secret, 1), str(error), cancelled=False)
             await peer.close()
 
     def _check_running(self) -> None:
@@ -343,7 +511,7 @@ class Registry:
 
 def _stopping() -> Unavailable:
     return Unavailable(
-        "AGENT_STOPPED", "the agent was stopped; start a new migration when it is back"
+        "AGENT_STOPPED", "the agent was stopped; its migrations go on when it is started again"
     )
 
 
@@ -372,3 +540,11 @@ def _check_disjoint(sources: list[OpenSource]) -> None:
                 path=new.volume.source,
                 other=other.volume.source,
             )
+
+
+def _identities(path: str) -> tuple[Identity, ...]:
+    """Return what a path really is now; nothing if it is not there."""
+    try:
+        return identities(path)
+    except OSError:
+        return ()

@@ -120,19 +120,16 @@ class Convergence:
         self._limit = limit_bytes_per_second
         self._estimate.change_limit(limit_bytes_per_second)
 
+    def open(self, sample: Sample) -> None:
+        """Learn from the opening: round 0, or what was written down of it."""
+        self._estimate.record(sample)
+
     def record(self, report: RoundReport) -> None:
         """Learn from a finished round (made durable). The first one counts as the opening.
 
         Leave out rounds that were interrupted (paused, retried): their times are not the link's.
         """
-        self._estimate.record(
-            Sample(
-                max(report.dirty_bytes, 0),
-                max(report.sent_bytes, 0),
-                max(report.send_seconds, 0.0),
-                max(report.flush_seconds, 0.0),
-            )
-        )
+        self._estimate.record(sample_of(report))
 
     def look(
         self,
@@ -263,3 +260,13 @@ class Convergence:
             f"{rates}; {format_bytes(self._left or 0)} are left and the budget is {budget}: "
             + ", or ".join(mends)
         )
+
+
+def sample_of(report: RoundReport) -> Sample:
+    """Return what an estimate learns from a round."""
+    return Sample(
+        max(report.dirty_bytes, 0),
+        max(report.sent_bytes, 0),
+        max(report.send_seconds, 0.0),
+        max(report.flush_seconds, 0.0),
+    )

@@ -36,15 +36,20 @@ _OPENING_BYTES = 128 << 20
 """The first of a volume is sent while the file system is asked for the holes in the rest; that
 takes 20 ms for each GiB on tmpfs. Nearly every disk has data there."""
 
+_MAX_WINDOWS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """What all migrations of an agent share: threads, buffers, and how far to read ahead."""
+    """What all migrations of an agent share: threads, buffers, how far to read ahead, how much of
+    the first round is lost at most if an agent ends in it.
+    """
 
     threads: Executor
     pool: BufferPool
     read_ahead_frames: int
     connections: int = 4
+    checkpoint_bytes: int = 8 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,8 @@ class Sender:
         self.bell = Bell()
         self.throttle = Throttle(limit_bytes_per_second)
         self.generation = 0
+        """The last that is durable on the target."""
+        self._sending = 0
         total = sum(disk.volume.size_bytes for disk in disks)
         self.progress = Progress(total_bytes=total, round_bytes=total, dirty_bytes=total)
         self._workshop = workshop
@@ -85,7 +92,7 @@ class Sender:
         self._running.set()
         self._paused_seconds = self._paused_at = 0.0
         self._taken_at = time.monotonic()
-        self._held_bytes = 0
+        self._held_bytes = self._left_bytes = 0
         self._writes = sum(disk.count_writes() for disk in disks)
 
     def use(self, carrier: Carrier) -> None:
@@ -94,6 +101,10 @@ class Sender:
         if isinstance(carrier, BulkCarrier):
             carrier.limit(self.throttle.limit_bytes_per_second)
             carrier.pause(not self._running.is_set())
+
+    def agree(self, generation: int) -> None:
+        """The target's last durable generation is this one."""
+        self.generation = generation
 
     def carrier_request(self, plan: Plan) -> CarrierRequest:
         """Return what carrier these disks ask for."""
@@ -158,12 +169,16 @@ class Sender:
         self.progress = replace(self.progress, **changes)  # type: ignore[arg-type]
         self.bell.ring()
 
+    def check(self) -> None:
+        """Raise Unavailable if the connection to the target is known to be lost."""
+        self._open_carrier.check()
+
     async def take(self, *, flush: bool) -> Taken:
         """Take the marks of all volumes. `flush`: first what the host's page cache holds.
 
         Unavailable if the target is lost, even where there is nothing to send.
         """
-        self._open_carrier.check()
+        self.check()
         started = time.monotonic()
         takes = await self.on_disks(lambda disk: disk.take(flush=flush, at_seconds=started))
         for disk, take in zip(self.disks, takes, strict=True):
@@ -182,18 +197,42 @@ class Sender:
         return Taken(dirty, marked, now - started, since, now)
 
     async def send_seed(self, taken: Taken) -> RoundReport:
-        """Send everything: data first, then holes, which are found and not read."""
-        await self._choose(0)
-        return await self._send(self._seed(), taken, taken.dirty_bytes)
+        """Send all that is pending, holes among it without being read, in windows.
+
+        Each window is durable before the next begins, and is not sent again if an agent ends then.
+        """
+        self._begin_round(taken.dirty_bytes)
+        mapping = asyncio.ensure_future(self.on_disks(SourceDisk.map_data))
+        report = _NOTHING
+        left = taken.dirty_bytes
+        try:
+            for start, end in self._windows():
+                chosen = await self.on_disks(lambda disk: disk.choose_within(start, end))  # noqa: B023
+                size = sum(await self.on_disks(lambda disk: disk.count_chosen()))
+                if size:
+                    left -= size
+                    parts = self._seed(chosen, mapping, opens=start == 0)
+                    report = _sum(report, await self._send(parts, taken, size, left))
+        finally:
+            mapping.cancel()
+            await asyncio.wait([mapping])
+            _ = mapping.cancelled() or mapping.exception()  # seen
+        self._end_round()
+        return report
 
     async def send_dirty(self, taken: Taken, hold_bytes: int = 0) -> RoundReport:
         """Send what is pending, but up to `hold_bytes` that are hot. Nothing travels if nothing is.
 
         The last round holds nothing back.
         """
-        chosen = await self._choose(hold_bytes // len(self.disks))
-        jobs = [(i, marks) for i, (marks, _) in enumerate(chosen)]
-        return await self._send(_whole(jobs), taken, sum(size for _, size in chosen))
+        share = hold_bytes // len(self.disks)
+        chosen = await self.on_disks(lambda disk: disk.choose(share))
+        size = sum(await self.on_disks(lambda disk: disk.count_chosen()))
+        self._begin_round(size)
+        parts = _whole(list(enumerate(chosen)))
+        report = await self._send(parts, taken, size, taken.dirty_bytes - size)
+        self._end_round()
+        return report
 
     async def on_disks(self, work: Callable[[SourceDisk], _Result]) -> list[_Result]:
         """Run blocking work on all disks at once; the first error is raised when all are done."""
@@ -216,40 +255,46 @@ class Sender:
         if self._carrier is not None:
             await self._carrier.close()
 
-    async def _seed(self) -> AsyncGenerator[_Part, None]:
+    def _windows(self) -> Iterator[tuple[int, int]]:
+        largest = max(disk.volume.size_bytes for disk in self.disks)
+        size = max(self._workshop.checkpoint_bytes, largest // _MAX_WINDOWS)
+        for start in range(0, largest, size):
+            yield start, start + size
+
+    async def _seed(
+        self,
+        chosen: list[DirtyBitmap],
+        mapping: asyncio.Future[list[DirtyBitmap]],
+        *,
+        opens: bool,
+    ) -> AsyncGenerator[_Part, None]:
         """Yield the opening, and when it is known where there are holes, the rest."""
-        mapping = asyncio.ensure_future(self.on_disks(SourceDisk.map_data))
-        try:
-            yield list(enumerate(_opening(disk) for disk in self.disks)), iter(())
-            maps = await mapping
-            for disk, data in zip(self.disks, maps, strict=True):
-                data.set_range(0, _opening_bytes(disk))  # sent: not a hole
-            holes = [plan_holes(i, data) for i, data in enumerate(maps)]
-            # The holes first, while their map is whole.
-            yield [], chain.from_iterable(holes)
-            for disk, data in zip(self.disks, maps, strict=True):
-                data.clear_range(0, _opening_bytes(disk))
-            yield list(enumerate(maps)), iter(())
-        finally:
-            mapping.cancel()
-            await asyncio.wait([mapping])
-            _ = mapping.cancelled() or mapping.exception()  # seen
+        rest = chosen
+        if opens:
+            yield [(i, _cut(marks, 0, _OPENING_BYTES)) for i, marks in enumerate(chosen)], iter(())
+            rest = [_cut(marks, _OPENING_BYTES, marks.size_bytes) for marks in chosen]
+        data, holes = [], []
+        for i, (marks, known) in enumerate(zip(rest, await mapping, strict=True)):
+            full, empty = DirtyBitmap(*_geometry(marks)), DirtyBitmap(*_geometry(marks))
+            full.merge_common(marks, known)
+            empty.merge(marks)
+            empty.subtract(known)
+            data.append((i, full))
+            holes.append(plan_holes(i, empty))
+        yield data, chain.from_iterable(holes)
 
-    async def _choose(self, hold_bytes: int) -> list[tuple[DirtyBitmap, int]]:
-        """Return what each volume sends and its size."""
+    def _begin_round(self, size_bytes: int) -> None:
+        self.note(round_bytes=size_bytes, round_done_bytes=0)
 
-        def choose(disk: SourceDisk) -> tuple[DirtyBitmap, int]:
-            chosen = disk.choose(hold_bytes)
-            return chosen, chosen.count_bytes()
-
-        return await self.on_disks(choose)
+    def _end_round(self) -> None:
+        self.note(rounds=self.progress.rounds + 1)
 
     async def _send(
-        self, parts: AsyncGenerator[_Part, None], taken: Taken, size_bytes: int
+        self, parts: AsyncGenerator[_Part, None], taken: Taken, size_bytes: int, held_bytes: int
     ) -> RoundReport:
-        self.generation += 1
-        self._held_bytes = taken.dirty_bytes - size_bytes
-        self.note(round_bytes=size_bytes, round_done_bytes=0)
+        """Send the parts as one generation and make it durable; `held_bytes` stay for later."""
+        self._sending = self.generation + 1
+        self._held_bytes, self._left_bytes = held_bytes, size_bytes
         started, paused = time.monotonic(), self._paused_seconds
         before = self.progress.sent_bytes
         async with aclosing(parts):
@@ -274,12 +319,12 @@ class Sender:
     async def _send_marked(self, jobs: list[tuple[int, DirtyBitmap]]) -> None:
         carrier = self._open_carrier
         if isinstance(carrier, BulkCarrier):
-            await carrier.send_marked(jobs, self.generation, self._tick)
+            await carrier.send_marked(jobs, self._sending, self._tick)
         else:
             await self._send_frames(chain.from_iterable(plan_dirty(*job) for job in jobs))
 
     async def _send_frames(self, batches: Iterator[Batch]) -> None:
-        frames = self._reader.frames(batches, self.generation)
+        frames = self._reader.frames(batches, self._sending)
         try:
             async for batch, frame in frames:
                 await self.wait_until_running()
@@ -291,10 +336,11 @@ class Sender:
 
     async def _flush(self) -> float:
         """Only now is what was sent known to be equal: clear it (rule 4)."""
-        seconds = await self._open_carrier.flush(self.generation)
+        seconds = await self._open_carrier.flush(self._sending)
         for disk in self.disks:
             disk.settle()
-        self.note(rounds=self.progress.rounds + 1, dirty_bytes=self._held_bytes)
+        self.generation = self._sending
+        self.note(dirty_bytes=self._held_bytes)
         return seconds
 
     def _tick(self, done_bytes: int, sent_bytes: int) -> None:
@@ -303,11 +349,11 @@ class Sender:
 
     def _count(self, done_bytes: int, sent_bytes: int) -> None:
         progress = self.progress
-        left = max(progress.round_bytes - progress.round_done_bytes - done_bytes, 0)
+        self._left_bytes = max(self._left_bytes - done_bytes, 0)
         self.note(
             sent_bytes=progress.sent_bytes + sent_bytes,
             round_done_bytes=progress.round_done_bytes + done_bytes,
-            dirty_bytes=self._held_bytes + left,
+            dirty_bytes=self._held_bytes + self._left_bytes,
         )
 
     @property
@@ -321,11 +367,38 @@ async def _whole(jobs: list[tuple[int, DirtyBitmap]]) -> AsyncGenerator[_Part, N
     yield jobs, iter(())
 
 
-def _opening_bytes(disk: SourceDisk) -> int:
-    return min(_OPENING_BYTES, disk.volume.size_bytes)
+def _geometry(marks: DirtyBitmap) -> tuple[int, int]:
+    return marks.size_bytes, marks.block_size_bytes
 
 
-def _opening(disk: SourceDisk) -> DirtyBitmap:
-    marks = DirtyBitmap(disk.volume.size_bytes, disk.volume.block_size_bytes)
-    marks.set_range(0, _opening_bytes(disk))
-    return marks
+def _cut(marks: DirtyBitmap, start_bytes: int, end_bytes: int) -> DirtyBitmap:
+    """Return what is marked within a part."""
+    part, size = DirtyBitmap(*_geometry(marks)), marks.size_bytes
+    part.merge(marks)
+    part.clear_range(0, min(start_bytes, size))
+    if end_bytes < size:
+        part.clear_range(end_bytes, size - end_bytes)
+    return part
+
+
+_NOTHING = RoundReport(
+    generation=0,
+    dirty_bytes=0,
+    sent_bytes=0,
+    take_seconds=0.0,
+    send_seconds=0.0,
+    flush_seconds=0.0,
+    started_seconds=0.0,
+    finished_seconds=0.0,
+)
+
+
+def _sum(one: RoundReport, other: RoundReport) -> RoundReport:
+    """Return two windows of one round as one; the flush that counts is the last."""
+    return replace(
+        other,
+        dirty_bytes=one.dirty_bytes + other.dirty_bytes,
+        sent_bytes=one.sent_bytes + other.sent_bytes,
+        send_seconds=one.send_seconds + other.send_seconds,
+        started_seconds=one.started_seconds or other.started_seconds,
+    )

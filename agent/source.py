@@ -16,8 +16,17 @@ from dataclasses import dataclass, replace
 from agent.brake import Brake
 from agent.cutover import Cutover, unknown_owner
 from agent.disk import SourceDisk
-from agent.errors import Cancelled, FailedPrecondition, WarmsyncError
+from agent.errors import (
+    Cancelled,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    WarmsyncError,
+)
+from agent.estimate import Sample
 from agent.guest import Guest
+from agent.journal import Journal
 from agent.migration import (
     Comparison,
     Migration,
@@ -28,8 +37,9 @@ from agent.migration import (
     check_limit,
 )
 from agent.migration import Event as Entered
-from agent.peer import Peer
-from agent.rounds import Convergence, Verdict
+from agent.peer import Peer, SessionRequest, session_token
+from agent.record import SourceRecord, dump
+from agent.rounds import Convergence, Verdict, sample_of
 from agent.sender import Sender, Workshop
 from agent.state import Event, Machine, State
 from agent.verify import compare_ends
@@ -41,24 +51,51 @@ RECONVERGE_SECONDS = 10.0
 """How long a cutover waits for a migration that was converged before."""
 
 
+FIRST_RETRY_SECONDS = 0.2
+MAX_RETRY_SECONDS = 10.0
+RETRY_FOR_SECONDS = 3600.0
+"""How long a lost target is tried again without a round that became durable."""
+
+_PASSING = frozenset(
+    {"BAD_FRAME", "FRAMES_MISSING", "WRONG_GENERATION", "SESSION_NOT_FOUND", "SESSION_NOT_OPEN"}
+)
+"""What another connection may mend, beside all that is Unavailable."""
+_MENDABLE = frozenset({"TARGET_IO_ERROR", "DISK_FULL", "STATE_NOT_KEPT", "TARGET_NOT_CLAIMED"})
+"""What a person has to mend at the target: the migration pauses."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A migration that was found possible on both hosts: tracked here, claimed there."""
+    """A migration that was found possible on both hosts: tracked here, claimed there.
+
+    `restored` is what the agent before this one wrote down; `suspect` why its marks are not
+    believed, if they are not.
+    """
 
     plan: Plan
     scheme: Scheme
     scheme_reason: str
     disks: list[SourceDisk]
     peer: Peer
-    token: str
+    secret: str
+    request: SessionRequest
     brake: Brake | None = None
+    restored: SourceRecord | None = None
+    suspect: str = ""
 
 
 class SourceMigration:
     """One migration, seen from its source."""
 
-    def __init__(self, prepared: Prepared, workshop: Workshop) -> None:
+    def __init__(self, prepared: Prepared, workshop: Workshop, journal: Journal) -> None:
         plan = prepared.plan
+        self._journal = journal
+        self._secret = prepared.secret
+        self._epoch = 1
+        self._opening: Sample | None = None
+        self._tried = 0
+        self._lost_at: float | None = None
+        self._lost_generation = 0
         self._prepared = prepared
         self._plan = replace(plan, volumes=tuple(disk.volume for disk in prepared.disks))
         self._workshop = workshop
@@ -76,6 +113,66 @@ class SourceMigration:
         self._error: WarmsyncError | None = None
         self._refusal: WarmsyncError | None = None
         self._task: asyncio.Task[None] | None = None
+        if prepared.restored is not None:
+            self._restore(prepared.restored)
+
+    def _restore(self, record: SourceRecord) -> None:
+        """Go on where the agent before this one was."""
+        self._machine = Machine.restore(record.history)
+        self._epoch, self._tried = record.epoch, 1
+        self._error = record.error
+        self._sender.agree(record.generation)
+        progress = record.progress
+        pending = sum(disk.pending.count_bytes() for disk in self._prepared.disks)
+        if not self.state.is_terminal and self.state is not State.CUT_OVER:
+            progress = replace(
+                progress,
+                resumes=progress.resumes + 1,
+                resumed_saved_bytes=max(progress.total_bytes - pending, 0),
+                suspect_volumes=progress.suspect_volumes + bool(self._prepared.suspect),
+                dirty_bytes=pending,
+            )
+        self._sender.progress = progress
+        if record.opening is not None:
+            self._learn(record.opening)
+        if self.state is State.PAUSED:
+            self._sender.pause()
+        if record.releasing:
+            self._cutover = self._make_cutover(time.monotonic())
+            self._cutover.fencing = self._cutover.releasing = True
+            self._refusal = unknown_owner(self._prepared.peer.address)
+
+    @property
+    def _token(self) -> str:
+        return session_token(self._secret, self._epoch)
+
+    def record(self) -> SourceRecord:
+        """Return what is written down of it."""
+        cutover = self._cutover
+        return SourceRecord(
+            plan=self._plan,
+            scheme=self._prepared.scheme,
+            scheme_reason=self._prepared.scheme_reason,
+            secret=self._secret,
+            epoch=self._epoch,
+            boot_id=self._prepared.request.boot_id,
+            devices=tuple(disk.known_key for disk in self._prepared.disks),
+            history=self._machine.history,
+            generation=self._sender.generation,
+            progress=self._sender.progress,
+            releasing=cutover is not None and cutover.fencing,
+            opening=self._opening,
+            error=self._error,
+        )
+
+    def write_down(self) -> None:
+        """Make what is known of it durable. ResourceExhausted."""
+        self._journal.save(Role.SOURCE, self.id, dump(self.record()))
+
+    @property
+    def disks(self) -> list[SourceDisk]:
+        """Its volumes."""
+        return self._sender.disks
 
     @property
     def id(self) -> str:
@@ -104,7 +201,7 @@ class SourceMigration:
         )
 
     def start(self) -> None:
-        """Begin with round 0."""
+        """Begin with round 0, or go on."""
         self._task = asyncio.create_task(self._run(), name=f"migration {self.id}")
 
     def update(
@@ -126,6 +223,7 @@ class SourceMigration:
             self._plan = replace(self._plan, limit_bytes_per_second=limit_bytes_per_second)
             self._sender.limit(limit_bytes_per_second)
             self._convergence.change_limit(limit_bytes_per_second or None)
+        self.write_down()
         self._stir()
 
     def pause(self) -> None:
@@ -161,10 +259,15 @@ class SourceMigration:
             await self._reconverge()
         self._move(Event.CUT_OVER, force=force)
         self._refusal = None
-        self._cutover = Cutover(self._sender, self._prepared.peer, self._prepared.token, asked)
+        self._cutover = self._make_cutover(asked)
         self._stir()
         # It goes on if the caller hangs up.
         await asyncio.shield(self._cutover.done)
+
+    def _make_cutover(self, asked_seconds: float) -> Cutover:
+        return Cutover(
+            self._sender, self._prepared.peer, lambda: self._token, asked_seconds, self.write_down
+        )
 
     async def _reconverge(self) -> None:
         """Give what was converged before a moment to be so again.
@@ -183,7 +286,7 @@ class SourceMigration:
         """Take the target back, then lift the fence: the source is the owner again."""
         async with self._commands:
             self._require(Event.ROLL_BACK)
-            await self._prepared.peer.reclaim(self._prepared.token)
+            await self._prepared.peer.reclaim(self._token)
             await self._sender.on_disks(SourceDisk.unfence)
             self._move(Event.ROLL_BACK)
             await self._close()
@@ -192,7 +295,7 @@ class SourceMigration:
         """The VM runs on the target: nothing can be rolled back. The source stays fenced."""
         async with self._commands:
             self._require(Event.FINISH)
-            await self._prepared.peer.finish(self._prepared.token)
+            await self._prepared.peer.finish(self._token)
             self._move(Event.FINISH)
             await self._close()
 
@@ -204,7 +307,7 @@ class SourceMigration:
             prepared = self._prepared
             settled = self.state is State.CUT_OVER
             comparisons = compare_ends(
-                self._sender, self._workshop, prepared.peer, prepared.token, settled=settled
+                self._sender, self._workshop, prepared.peer, self._token, settled=settled
             )
             async for comparison in comparisons:
                 yield comparison
@@ -214,23 +317,30 @@ class SourceMigration:
                     )
 
     async def close(self, error: WarmsyncError) -> None:
-        """The agent stops: what is not cut over fails, the source untouched; a fence stays up."""
-        if self.state is State.CUT_OVER:
-            await self._close()
-        elif not self.state.is_terminal:
-            await self._stop_task()
-            await self._fail(error)
+        """The agent stops: tracking goes on, and so does the migration with its next start."""
+        if self.state.is_terminal:
+            return
+        await self._stop_task()
+        await self._guest.release()
+        if self._wants_cutover and self._cutover is not None:
+            self._cutover.done.set_exception(error)
+        try:
+            self.write_down()
+        except ResourceExhausted as full:
+            _log.error('not written down id=%s reason="%s"', self.id, full)
+        await self._sender.close()
+        await self._sender.on_disks(SourceDisk.detach)
+        await self._prepared.peer.close()
+        self.bell.ring()
 
     async def _run(self) -> None:
         try:
-            prepared = self._prepared
-            request = self._sender.carrier_request(self._plan)
-            self._sender.use(await prepared.peer.open_carrier(prepared.token, request))
-            await self._seed()
             while self.state is not State.CUT_OVER:
-                await self._rest()
-                async with self._at_rest:
-                    await (self._try_cutover() if self._wants_cutover else self._sync())
+                try:
+                    await self._connect()
+                    await self._carry()
+                except WarmsyncError as error:
+                    await self._withstand(error)
         except WarmsyncError as error:
             await self._fail(error)
         except Exception as error:
@@ -240,17 +350,141 @@ class SourceMigration:
                 WarmsyncError("INTERNAL", f"internal error ({name}: {error}); see the agent's log")
             )
 
+    async def _connect(self) -> None:
+        """Reach the target: for the first time, or again."""
+        self._tried += 1
+        if self._tried > 1:
+            await self._resume()
+        if self.state is not State.CUT_OVER:
+            request = self._sender.carrier_request(self._plan)
+            self._sender.use(await self._prepared.peer.open_carrier(self._token, request))
+            self._sender.note(trouble="")
+
+    async def _resume(self) -> None:
+        """Agree with the target on what is durable, and on who owns the disks."""
+        self._epoch += 1
+        self.write_down()
+        try:
+            resumed = await self._prepared.peer.resume(self._secret, self._epoch)
+        except NotFound:
+            await self._reopen()
+            return
+        if resumed.released:
+            if not self._is_releasing:
+                raise unknown_owner(self._prepared.peer.address)
+            await self._own_no_more()
+            return
+        if resumed.generation < self._sender.generation:
+            await self._forget_target("the target has lost rounds that it had acknowledged")
+        self._sender.agree(resumed.generation)
+        if self.state is State.CUTTING_OVER:
+            await self._stay_owner()
+
+    async def _reopen(self) -> None:
+        """The target knows nothing of us: claim its devices again, and believe nothing."""
+        if self._is_releasing:
+            raise unknown_owner(self._prepared.peer.address)
+        self._secret = await self._prepared.peer.open_session(self._prepared.request)
+        self._epoch = 1
+        self._sender.agree(0)
+        await self._forget_target("the target's agent has lost its state")
+        self.write_down()
+
+    async def _forget_target(self, reason: str) -> None:
+        _log.warning('all is sent again id=%s reason="%s"', self.id, reason)
+        await self._sender.on_disks(SourceDisk.forget_target)
+        count = self._sender.progress.suspect_volumes + len(self._sender.disks)
+        self._sender.note(suspect_volumes=count)
+
+    async def _stay_owner(self) -> None:
+        """The target was not released: the source is the owner, whatever was begun."""
+        if self._cutover is not None:
+            self._cutover.releasing = self._cutover.fencing = False
+        await self._sender.on_disks(SourceDisk.unfence)
+        self._convergence.restart()
+        self._move(Event.REFUSE)
+
+    async def _own_no_more(self) -> None:
+        self._refusal = None
+        self._move(Event.RELEASE)
+        async with self._commands:
+            await self._stop_sending()
+        if self._wants_cutover and self._cutover is not None:
+            self._cutover.done.set_result(None)
+
+    async def _carry(self) -> None:
+        await self._seed()
+        while self.state is not State.CUT_OVER:
+            await self._rest()
+            async with self._at_rest:
+                await (self._try_cutover() if self._wants_cutover else self._sync())
+
+    async def _withstand(self, error: WarmsyncError) -> None:
+        """Go on in spite of an error, if that can be; else raise it."""
+        await self._sender.close()
+        if self._cutover is not None and self.state is State.CUTTING_OVER:
+            if self._wants_cutover:
+                self._cutover.done.set_exception(error)
+            if self._is_releasing:
+                self._refusal = unknown_owner(self._prepared.peer.address)
+            else:
+                await self._stay_owner()
+        now = time.monotonic()
+        if error.reason in _MENDABLE and error.values.get("side", "target") == "target":
+            await self._await_mend(error)
+            return
+        if self._lost_generation != self._sender.generation:  # it has come further since
+            self._lost_at, self._lost_generation = None, self._sender.generation
+        self._lost_at = self._lost_at or now
+        passing = isinstance(error, Unavailable) or error.reason in _PASSING
+        owner_unknown = self._is_releasing and error.reason == "OWNER_UNKNOWN"
+        lasting = now - self._lost_at > RETRY_FOR_SECONDS and not self._is_releasing
+        if lasting or not (passing or owner_unknown):
+            raise error
+        await self._back_off(error, now - self._lost_at)
+
+    async def _await_mend(self, error: WarmsyncError) -> None:
+        """Pause and say why: once resumed, the migration connects again."""
+        self._refusal = error
+        self._lost_at = None
+        if self.state is not State.PAUSED:
+            self._move(Event.PAUSE)
+            self._sender.pause()
+        _log.error('paused id=%s reason=%s message="%s"', self.id, error.reason, error)
+        await self._sender.wait_until_running()
+
+    async def _back_off(self, error: WarmsyncError, lost_seconds: float) -> None:
+        wait = min(max(lost_seconds, FIRST_RETRY_SECONDS), MAX_RETRY_SECONDS)
+        _log.warning(
+            'target lost, tried again in %.1f s id=%s reason=%s message="%s"',
+            wait,
+            self.id,
+            error.reason,
+            error,
+        )
+        self._sender.note(trouble=f"{error}; tried again every {wait:.1f} s")
+        await asyncio.sleep(wait)
+
     async def _seed(self) -> None:
-        self._move(Event.SEED)
+        if self.state is State.PENDING:
+            self._move(Event.SEED)
+        await self._sender.wait_until_running()
+        if self.state is not State.SEEDING:
+            return
         async with self._at_rest:
             taken = await self._sender.take(flush=False)
-            self._convergence.record(await self._sender.send_seed(taken))
+            self._learn(sample_of(await self._sender.send_seed(taken)))
         await self._sender.wait_until_running()
         self._move(Event.SYNC)
+
+    def _learn(self, opening: Sample) -> None:
+        self._opening = opening
+        self._convergence.open(opening)
 
     async def _rest(self) -> None:
         """Wait for the next round, or until somebody asks for something."""
         await self._sender.wait_until_running()
+        self._sender.check()
         self._wake.clear()
         if self._wants_cutover:
             return
@@ -300,15 +534,11 @@ class SourceMigration:
             if error.reason != "NOT_QUIESCED":
                 raise
             self._refusal = error
-            self._convergence.restart()
-            self._move(Event.REFUSE)
             self._cutover.done.set_exception(error)
+            await self._stay_owner()
             return
         # At once: the target owns the disks, and nothing that fails here can change that.
-        self._move(Event.RELEASE)
-        async with self._commands:
-            await self._stop_sending()
-        self._cutover.done.set_result(None)
+        await self._own_no_more()
 
     async def _stop_sending(self) -> None:
         try:
@@ -324,7 +554,11 @@ class SourceMigration:
             error = unknown_owner(self._prepared.peer.address)
         self._error = error
         _log.error('migration failed id=%s reason=%s message="%s"', self.id, error.reason, error)
-        self._move(Event.FAIL)
+        try:
+            self._move(Event.FAIL)
+        except ResourceExhausted as full:  # it ends all the same
+            self._machine.apply(Event.FAIL, time.time())
+            _log.error('not written down id=%s reason="%s"', self.id, full)
         await self._give_up(f"{error.reason}: {error}", cancelled=False)
         if self._wants_cutover and self._cutover is not None:
             self._cutover.done.set_exception(error)
@@ -348,7 +582,7 @@ class SourceMigration:
         prepared = self._prepared
         try:
             async with asyncio.timeout(_ABORT_SECONDS):
-                await prepared.peer.abort(prepared.token, reason, cancelled=cancelled)
+                await prepared.peer.abort(self._token, reason, cancelled=cancelled)
         except (WarmsyncError, TimeoutError) as error:
             _log.warning('target not told of the end id=%s reason="%s"', self.id, error)
 
@@ -389,7 +623,15 @@ class SourceMigration:
         Machine.restore(self._machine.history).apply(event, time.time())
 
     def _move(self, event: Event, *, force: bool = False) -> None:
+        """Move, and write it down: only then may it be told. Not written down, it is undone."""
         state = self._machine.apply(event, time.time(), force=force)
+        try:
+            # A cutover is written down with the fence: given up before, it never was.
+            if event is not Event.CUT_OVER:
+                self.write_down()
+        except ResourceExhausted:
+            self._machine.retract()
+            raise
         _log.info("migration id=%s state=%s", self.id, state)
         self.bell.ring()
 

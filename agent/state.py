@@ -171,6 +171,12 @@ class Machine:
         self._history.append(Entry(target, at_seconds))
         return target
 
+    def retract(self) -> None:
+        """Undo the last move: it could not be written down, so it did not happen."""
+        if len(self._history) == 1:
+            raise ValueError("a migration's history begins with PENDING")
+        self._history.pop()
+
     def _target(self, event: Event) -> State | None:
         if event is Event.RESUME and self.paused_from is not None:
             return RESUMED[self.paused_from]

@@ -11,27 +11,43 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import Executor
 from dataclasses import replace
 
 from agent.bell import Bell
 from agent.device import identities, io_error, open_device
-from agent.errors import DataLoss, FailedPrecondition, InvalidArgument, Unavailable, WarmsyncError
+from agent.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    WarmsyncError,
+)
 from agent.inlet import Inlet
+from agent.journal import Journal
 from agent.migration import Event as Entered
 from agent.migration import Migration, Plan, Progress, Role, Volume
-from agent.peer import SessionRequest
+from agent.peer import SessionRequest, session_token
 from agent.reader import read_digests
-from agent.state import Event, Machine, State
+from agent.record import TargetRecord, dump
+from agent.sender import Workshop
+from agent.state import Entry, Event, Machine, State
 from agent.writer import Writer
 from native.blockio import BlockDevice
-from native.buffer import BufferPool
 from native.stream import Connection
 
 _log = logging.getLogger(__name__)
 
 _OPENING_SECONDS = 60.0
 """A session whose source does not begin to send within this time is given up."""
+ORPHAN_SECONDS = 24 * 3600.0
+"""One whose source does not come back within this time as well."""
+
+_PASSING = frozenset({"BAD_FRAME", "FRAMES_MISSING", "WRONG_GENERATION"})
+"""Damage on the way: the round is not acknowledged, and comes again over new connections."""
+_MENDABLE = frozenset({"TARGET_IO_ERROR", "DISK_FULL"})
+"""The disk here: the source pauses, and goes on when it is resumed."""
 
 
 class TargetSession:
@@ -39,31 +55,73 @@ class TargetSession:
 
     def __init__(
         self,
-        request: SessionRequest,
+        record: TargetRecord,
         devices: list[BlockDevice],
-        threads: Executor,
-        pool: BufferPool,
+        workshop: Workshop,
+        journal: Journal,
+        allow_devices: tuple[str, ...],
     ) -> None:
-        self.token = secrets.token_urlsafe(24)
         self.bell = Bell()
-        self._plan = Plan(request.migration_id, "", request.volumes)
+        self._allow_devices = allow_devices
+        self._secret = record.secret
+        self._epoch = record.epoch
+        self._plan = record.plan
+        self._journal = journal
         self._devices = devices
-        self._threads = threads
-        self._pool = pool
+        self._threads = workshop.threads
+        self._pool = workshop.pool
         self._writer = self._make_writer()
-        self._machine = Machine(time.time())
-        self._generation = 0
-        self._progress = Progress(total_bytes=sum(v.size_bytes for v in request.volumes))
-        self._error: WarmsyncError | None = None
-        self._streaming = False
+        self._machine = Machine.restore(record.history)
+        self._generation = record.generation
+        self._progress = record.progress
+        self._error = record.error
+        self._trouble: WarmsyncError | None = None
         self._inlet: Inlet | None = None
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(_OPENING_SECONDS, self._give_up_waiting)
+        # Streams of the grpc carrier are counted: what is left of an older one writes nothing.
+        self._stream = 0
+        self._streaming = False
+        self._writing = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._deadline: asyncio.TimerHandle | None = None
+        if not self.state.is_terminal and self.state is not State.CUT_OVER:
+            begun = self.state is not State.PENDING
+            self._wait_for_source(ORPHAN_SECONDS if begun else _OPENING_SECONDS)
 
     @property
     def id(self) -> str:
         """The migration's id."""
         return self._plan.id
+
+    @property
+    def secret(self) -> str:
+        """What its source knows it by."""
+        return self._secret
+
+    @property
+    def token(self) -> str:
+        """What a call of this session's source has to show; another after each `resume`."""
+        return session_token(self._secret, self._epoch)
+
+    def is_named_by(self, token: str) -> bool:
+        """Return whether a token is this session's.
+
+        FailedPrecondition SESSION_SUPERSEDED for one of an earlier connection of its source.
+        """
+        secret, _, epoch = token.rpartition("/")
+        if not secrets.compare_digest(secret.encode(), self._secret.encode()):
+            return False
+        if epoch != str(self._epoch):
+            raise self._superseded()
+        return True
+
+    def _superseded(self) -> FailedPrecondition:
+        return FailedPrecondition(
+            "SESSION_SUPERSEDED",
+            f"a later run of the source's agent has taken migration {self.id} over; this one "
+            "is to stop",
+            id=self.id,
+        )
 
     @property
     def state(self) -> State:
@@ -86,52 +144,129 @@ class TargetSession:
             progress=progress,
             history=tuple(Entered(e.state, e.at_seconds) for e in self._machine.history),
             error=self._error,
+            refusal=self._trouble,
             incomplete=self.state not in released,
         )
 
-    def begin_stream(self) -> None:
-        """The source starts to send. FailedPrecondition if it has done so before."""
-        if self.state is not State.PENDING:
-            raise _not_open(self.id, self.state)
+    def record(self) -> TargetRecord:
+        """Return what is written down of it."""
+        return TargetRecord(
+            self._plan,
+            self._secret,
+            self._epoch,
+            self._machine.history,
+            self._generation,
+            self._progress,
+            self._error,
+        )
+
+    def write_down(self) -> None:
+        """Make what is known of it durable. ResourceExhausted."""
+        self._journal.save(Role.TARGET, self.id, dump(self.record()))
+
+    async def resume(self, secret: str, epoch: int) -> int:
+        """The source has come back: cut its earlier connections; return the durable generation.
+
+        FailedPrecondition SESSION_SUPERSEDED for an `epoch` that is not new. Raises what ended the
+        session, and what is wrong with the devices now.
+        """
+        if not secrets.compare_digest(secret.encode(), self._secret.encode()):
+            raise session_not_found()
+        if epoch <= self._epoch:
+            raise self._superseded()
+        if self._error is not None:
+            raise self._error
+        self._epoch = epoch
+        self.write_down()
+        if self.state is State.CUT_OVER:
+            return self._generation
+        await self._cut_streams()
+        await self._claim_again()
+        self._trouble = None
+        self._wait_for_source(ORPHAN_SECONDS)
+        _log.info("session resumed id=%s epoch=%s generation=%s", self.id, epoch, self._generation)
+        return self._generation
+
+    async def _cut_streams(self) -> None:
+        self._stream += 1
+        self._streaming = False
+        if self._inlet is not None:
+            inlet, self._inlet = self._inlet, None
+            await inlet.ended()
+            self._count_received(inlet)
+        await self._idle.wait()
+
+    async def _claim_again(self) -> None:
+        """Open the devices anew: what was mended, or put in place again, is another device."""
+        for device in self._devices:
+            device.close()
+        self._devices = []
+        try:
+            self._devices = await asyncio.to_thread(
+                open_devices, self._plan.volumes, self._allow_devices
+            )
+        except WarmsyncError as error:
+            raise FailedPrecondition(
+                "TARGET_NOT_CLAIMED",
+                f"the target's devices cannot be claimed again: {error}; then resume",
+                **error.values,
+            ) from error
+        self._writer = self._make_writer()
+
+    def begin_stream(self) -> int:
+        """The source starts to send; returns the stream's number. FailedPrecondition."""
+        self._check_open()
         if self._inlet is not None and not self._inlet.is_complete:
             self._inlet.stop()  # the source has given up on data connections
             self._inlet = None
-        self._deadline.cancel()
+        self._stop_waiting()
+        self._stream += 1
         self._streaming = True
-        self._move(Event.SEED)
+        if self.state is State.PENDING:
+            self._move(Event.SEED)
+        return self._stream
 
     def expect(self, connections: int) -> Inlet:
         """Make ready for data connections; `receive` takes each. FailedPrecondition."""
-        if self.state is not State.PENDING:
-            raise _not_open(self.id, self.state)
+        self._check_open()
         if self._inlet is not None:
             self._inlet.stop()
         sizes = [volume.size_bytes for volume in self._plan.volumes]
-        self._inlet = Inlet(self._devices, sizes, connections)
+        self._inlet = Inlet(self._devices, sizes, connections, self._generation + 1)
         return self._inlet
 
     def receive(self, inlet: Inlet, connection: Connection, index: int) -> None:
         """Take a data connection; with the last one the stream begins."""
-        if inlet is not self._inlet or self.state is not State.PENDING:
+        if inlet is not self._inlet or inlet.is_complete:
             raise _not_open(self.id, self.state)
+        self._check_open()
         inlet.add(connection, index)
         if inlet.is_complete:
-            self.begin_stream()
-            inlet.run(self.flush, self.end_stream)
+            stream = self.begin_stream()
+            inlet.run(
+                lambda generation: self.flush(generation, stream),
+                lambda error: self.end_stream(error, stream),
+            )
 
-    async def write(self, frame: memoryview) -> int:
+    async def write(self, frame: memoryview, stream: int) -> int:
         """Write one frame of the open generation; returns its sequence number."""
-        self._check_receiving()
+        self._check_receiving(stream)
+        self._writing += 1
+        self._idle.clear()
         try:
             sequence = await self._writer.write(frame, self._generation + 1)
         except (ValueError, RuntimeError):  # the device, or the agent's threads, closed meanwhile
-            self._check_receiving()
+            self._check_receiving(stream)
             raise
+        finally:
+            self._writing -= 1
+            if not self._writing:
+                self._idle.set()
         progress = self._progress
         self._progress = replace(progress, sent_bytes=progress.sent_bytes + len(frame))
         return sequence
 
-    async def flush(self, generation: int) -> float:
+    async def flush(self, generation: int, stream: int) -> float:
         """Make a generation durable; returns seconds. Frames of it are refused from here on."""
         if generation != self._generation + 1:
             raise DataLoss(
@@ -139,25 +274,43 @@ class TargetSession:
                 f"generation {generation} cannot follow {self._generation}; start a new migration",
                 generation=generation,
             )
-        self._check_receiving()
+        self._check_receiving(stream)
         self._check_sizes()
         seconds = await self._writer.flush()
+        self._check_receiving(stream)
         self._generation = generation
         self._progress = replace(self._progress, rounds=self._progress.rounds + 1)
         if self.state is State.SEEDING:
-            self._move(Event.SYNC)
+            self._machine.apply(Event.SYNC, time.time())
+        # Before it is told: a target that forgets what it has acknowledged is worth nothing.
+        await asyncio.to_thread(self.write_down)
         self.bell.ring()
         return seconds
 
-    def end_stream(self, error: WarmsyncError | None) -> None:
-        """The stream is over. Unless the session is, that is a failure: a cut, never an end."""
+    def end_stream(self, error: WarmsyncError | None, stream: int) -> None:
+        """The stream is over: a cut, never an end. The source may come back; see `resume`."""
+        if stream != self._stream or self.state not in (State.SEEDING, State.SYNCING):
+            return
+        lost = Unavailable(
+            "SOURCE_LOST",
+            "the stream from the source ended before the cutover; the source comes back by "
+            "itself, or cancel the migration there",
+        )
+        self._stream += 1
         self._streaming = False
-        if self.state in (State.SEEDING, State.SYNCING):
-            lost = Unavailable(
-                "SOURCE_LOST",
-                "the stream from the source ended before the cutover; start a new migration",
-            )
-            self._fail(error or lost)
+        self._trouble = error or lost
+        passing = isinstance(self._trouble, Unavailable) or self._trouble.reason in _PASSING
+        if not passing and self._trouble.reason not in _MENDABLE:
+            self._fail(self._trouble)
+            return
+        self._wait_for_source(ORPHAN_SECONDS)
+        _log.warning(
+            'stream ended id=%s reason=%s message="%s"',
+            self.id,
+            self._trouble.reason,
+            self._trouble,
+        )
+        self.bell.ring()
 
     def release(self, generation: int) -> None:
         """Hand over: the claim is dropped so that the VM can boot. May be repeated."""
@@ -174,9 +327,8 @@ class TargetSession:
         if self._inlet is not None:
             # Its threads wait for the source: nothing is being written, so this takes no time.
             self._inlet.join()
+        self._move(Event.CUT_OVER, Event.RELEASE)
         self._close()
-        self._move(Event.CUT_OVER)
-        self._move(Event.RELEASE)
 
     def abort(self, reason: str, *, cancelled: bool) -> None:
         """Give up: released and marked incomplete. May be repeated; not after the release."""
@@ -204,7 +356,7 @@ class TargetSession:
                 f"migration {self.id} is {self.state} here; only a cut-over one can be taken back",
                 id=self.id,
             )
-        for device in _open_targets(self._plan.volumes, allowed):
+        for device in open_devices(self._plan.volumes, allowed):
             device.close()
 
     def reclaim(self) -> None:
@@ -215,8 +367,7 @@ class TargetSession:
     def finish(self) -> None:
         """Nothing will be reclaimed any more. May be repeated."""
         if self.state is not State.COMPLETED:
-            self._machine.apply(Event.FINISH, time.time())
-            self.bell.ring()
+            self._move(Event.FINISH)
 
     async def digests(self, volume: int) -> AsyncIterator[tuple[int, bytes]]:
         """Iterate (offset, chunk digests) over a volume, read from the device itself."""
@@ -233,11 +384,13 @@ class TargetSession:
         """Raise what ended the session, if anything has."""
         if self._error is not None:
             raise self._error
+        if self._trouble is not None:
+            raise self._trouble
 
-    def close(self, error: WarmsyncError) -> None:
-        """The agent stops: a session that is not handed over is given up."""
-        if not self.state.is_terminal and self.state is not State.CUT_OVER:
-            self._fail(error)
+    def close(self) -> None:
+        """The agent stops: what is written down goes on with its next start."""
+        self._stream += 1
+        self._close()
 
     async def ended(self) -> None:
         """Wait until nothing is being written any more, after `close`."""
@@ -263,22 +416,41 @@ class TargetSession:
         sizes = [volume.size_bytes for volume in self._plan.volumes]
         return Writer(self._devices, sizes, self._threads, self._pool)
 
-    def _check_receiving(self) -> None:
-        """Raise why the session was given up, if it was: its devices may be somebody else's now."""
-        if self.state not in (State.SEEDING, State.SYNCING):
+    def _check_open(self) -> None:
+        open_states = (State.PENDING, State.SEEDING, State.SYNCING)
+        if self.state not in open_states or self._streaming or not self._devices:
             raise self._error or _not_open(self.id, self.state)
+
+    def _check_receiving(self, stream: int) -> None:
+        """Raise why this stream may not write any more, if so.
+
+        The session was given up, and its devices may be somebody else's now; or its source has come
+        back on another stream.
+        """
+        if self.state not in (State.SEEDING, State.SYNCING) or stream != self._stream:
+            raise self._error or self._trouble or _not_open(self.id, self.state)
+
+    def _count_received(self, inlet: Inlet) -> None:
+        received = self._progress.sent_bytes + inlet.received_bytes
+        self._progress = replace(self._progress, sent_bytes=received)
+
+    def _wait_for_source(self, seconds: float) -> None:
+        self._stop_waiting()
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(seconds, self._give_up_waiting, seconds)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
 
     def _check_sizes(self) -> None:
         for device, volume in zip(self._devices, self._plan.volumes, strict=True):
             if device.size_bytes() < volume.size_bytes:
                 raise _too_small(volume, device.size_bytes())
 
-    def _give_up_waiting(self) -> None:
+    def _give_up_waiting(self, seconds: float) -> None:
         self._fail(
-            Unavailable(
-                "SOURCE_LOST",
-                f"the source sent nothing within {_OPENING_SECONDS:.0f} s; start anew",
-            )
+            Unavailable("SOURCE_LOST", f"the source sent nothing for {seconds:.0f} s; start anew")
         )
 
     def _fail(self, error: WarmsyncError) -> None:
@@ -286,20 +458,49 @@ class TargetSession:
             return
         self._error = error
         self._close()
-        self._move(Event.FAIL)
+        try:
+            self._move(Event.FAIL)
+        except ResourceExhausted as full:  # it ends all the same
+            self._machine.apply(Event.FAIL, time.time())
+            _log.error('not written down id=%s reason="%s"', self.id, full)
         _log.error('target failed id=%s reason=%s message="%s"', self.id, error.reason, error)
 
     def _close(self) -> None:
-        self._deadline.cancel()
+        self._stop_waiting()
         if self._inlet is not None:
             self._inlet.stop()
         for device in self._devices:
             device.close()
 
-    def _move(self, event: Event) -> None:
-        state = self._machine.apply(event, time.time(), force=True)
-        _log.info("target id=%s state=%s", self.id, state)
+    def _move(self, *events: Event) -> None:
+        """Move, and write it down: only then may it be told. Not written down, it is undone."""
+        for event in events:
+            self._machine.apply(event, time.time(), force=True)
+        try:
+            self.write_down()
+        except ResourceExhausted:
+            for _ in events:
+                self._machine.retract()
+            raise
+        _log.info("target id=%s state=%s", self.id, self.state)
         self.bell.ring()
+
+
+def new_session(request: SessionRequest) -> TargetRecord:
+    """Return the record of a session that begins."""
+    return TargetRecord(
+        plan=Plan(request.migration_id, "", request.volumes),
+        secret=secrets.token_urlsafe(24),
+        epoch=1,
+        history=(Entry(State.PENDING, time.time()),),
+        generation=0,
+        progress=Progress(total_bytes=sum(v.size_bytes for v in request.volumes)),
+    )
+
+
+def session_not_found() -> NotFound:
+    """Return the error for a token that no session has."""
+    return NotFound("SESSION_NOT_FOUND", "this agent has no such session; start a new migration")
 
 
 def _not_open(name: str, state: State) -> FailedPrecondition:
@@ -320,10 +521,11 @@ def open_targets(
     if request.boot_id == boot_id:
         for volume in request.volumes:
             _check_distinct(volume, request)
-    return _open_targets(request.volumes, allowed)
+    return open_devices(request.volumes, allowed)
 
 
-def _open_targets(volumes: tuple[Volume, ...], allowed: tuple[str, ...]) -> list[BlockDevice]:
+def open_devices(volumes: tuple[Volume, ...], allowed: tuple[str, ...]) -> list[BlockDevice]:
+    """Claim the target devices of a session, all or none. The domain's errors; blocking."""
     devices: list[BlockDevice] = []
     try:
         for volume in volumes:

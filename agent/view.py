@@ -99,6 +99,9 @@ def _progress(migration: Migration) -> dict[str, Any]:
         "advice": progress.advice,
         "suspect_volumes": progress.suspect_volumes,
         "guest_limit_bytes_per_second": progress.guest_limit_bytes_per_second,
+        "trouble": progress.trouble,
+        "resumes": progress.resumes,
+        "resumed_saved_bytes": progress.resumed_saved_bytes,
     }
 
 
@@ -178,6 +181,11 @@ def _measurements(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Stalled", shown["advice"]
     if limit := shown["guest_limit_bytes_per_second"]:
         yield "Guest", f"throttled: may write {format_rate(limit)} to each disk"
+    if shown["resumes"]:
+        saved = format_bytes(shown["resumed_saved_bytes"])
+        yield "Resumed", f"{shown['resumes']} times; the last saved sending {saved} again"
+    if shown["trouble"]:
+        yield "Trouble", shown["trouble"]
     if shown["suspect_volumes"]:
         yield "Suspect", f"{shown['suspect_volumes']} times a volume had to be sent again"
 

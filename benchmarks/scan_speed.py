@@ -25,6 +25,7 @@ def measure(options: Options) -> Iterator[Figure]:
     dd, scan = [], []
     with loop_device(size, fill_random) as path, BlockDevice(path) as device:
         tracker = ScanTracker(device)
+        tracker.start()
         try:
             _know(tracker, device, size)
             for _ in range(options.repeat(7)):

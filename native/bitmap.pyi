@@ -46,7 +46,9 @@ class DirtyBitmap:
         Memory of its own goes back to the system.
         """
     def take(self, into: DirtyBitmap) -> int:
-        """Exchange each word for 0 atomically and OR it into `into` (same geometry).
+        """OR each word into `into` (same geometry), then clear here what was found, atomically.
+
+        A process that is killed meanwhile leaves each mark in one of the two, or in both.
 
         Returns the number of blocks taken (marked here, whether or not already in `into`).
         A concurrent set_range, or the kernel's, lands either in this take or in the next.

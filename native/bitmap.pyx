@@ -189,7 +189,7 @@ cdef class DirtyBitmap:
                 ws_bitmap_drop(&self.map)
 
     def take(self, DirtyBitmap into not None):
-        """Exchange each word for 0 atomically and OR it into `into`; return the blocks taken."""
+        """OR each word into `into`, then clear what was found; return the blocks taken."""
         cdef uint64_t taken
         self.check_same(into)
         if into.map.words == self.map.words:

@@ -42,7 +42,7 @@ void ws_bitmap_unmap(struct ws_bitmap *map) {
  * and over, and a write would pull the cache line away from the other threads each time.
  *
  * Safe against a take because of the caller's full fence between the data and this load: if the
- * load sees the bits, the exchange that takes them comes after it in the word's modification order;
+ * load sees the bits, the clearing that takes them comes after it in the word's modification order;
  * the taker fences too before it reads data, so it must see the data written before our fence
  * (store buffering, C11 7.17.4: both sides fenced, so not both can miss the other). Without
  * the fence x86 too may let the load pass the data still in its store buffer, and the mark is lost.
@@ -124,10 +124,12 @@ bool ws_bitmap_is_marked(const struct ws_bitmap *map, uint64_t offset) {
 COUNTING(take)(const struct ws_bitmap *map, const struct ws_bitmap *into) {
     uint64_t taken = 0;
     for (uint64_t i = next_word(map, 0); i < map->word_count; i = next_word(map, i + 1)) {
-        uint64_t bits = __atomic_exchange_n(&map->words[i], 0, __ATOMIC_ACQ_REL);
-        bits &= valid_bits(map, i);
-        if (bits != 0)
-            __atomic_fetch_or(&into->words[i], bits, __ATOMIC_RELAXED);
+        uint64_t bits = valid_word(map, i);
+        __atomic_fetch_or(&into->words[i], bits, __ATOMIC_RELEASE);
+        /* Only now, and only these: both may be shared memory that outlives a process that is
+         * killed between the two. A bit that is set again in between is cleared here, but its
+         * block is read later than this. */
+        __atomic_fetch_and(&map->words[i], ~bits & valid_bits(map, i), __ATOMIC_ACQ_REL);
         taken += (uint64_t)__builtin_popcountll(bits);
     }
     return taken;

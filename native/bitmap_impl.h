@@ -36,7 +36,8 @@ void ws_bitmap_clear(const struct ws_bitmap *map);
 void ws_bitmap_drop(const struct ws_bitmap *map);
 bool ws_bitmap_is_marked(const struct ws_bitmap *map, uint64_t offset);
 
-/* Exchange each word for 0 and OR it into `into`. Returns the number of blocks taken. */
+/* OR each word into `into`, then clear here what was found. Returns the number of blocks taken.
+ * Whoever is killed meanwhile leaves each mark in one of the two, or in both. */
 uint64_t ws_bitmap_take(const struct ws_bitmap *map, const struct ws_bitmap *into);
 
 void ws_bitmap_merge(const struct ws_bitmap *map, const struct ws_bitmap *other);

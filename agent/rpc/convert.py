@@ -159,6 +159,9 @@ def _progress(progress: Progress) -> migration_pb2.Progress:
         advice=progress.advice,
         suspect_volumes=progress.suspect_volumes,
         guest_limit_bytes_per_second=progress.guest_limit_bytes_per_second,
+        trouble=progress.trouble,
+        resumes=progress.resumes,
+        resumed_saved_bytes=progress.resumed_saved_bytes,
     )
     if progress.downtime_seconds is not None:
         message.downtime_parts.CopyFrom(

@@ -14,9 +14,8 @@ from warmsync.v1 import migration_pb2, migration_service_pb2_grpc
 from warmsync.v1 import migration_service_pb2 as pb
 
 from agent.errors import InvalidArgument
-from agent.registry import Registry
+from agent.registry import Registry, Source
 from agent.rpc.convert import id_of, to_comparison, to_message, to_plan
-from agent.source import SourceMigration
 
 WATCH_SECONDS = 0.1
 """Least time between two messages of a watch, so that progress does not flood the controller."""
@@ -155,7 +154,7 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
         async for comparison in self._source(request.name).verify():
             yield to_comparison(comparison)
 
-    def _source(self, name: str) -> SourceMigration:
+    def _source(self, name: str) -> Source:
         return self._registry.get_source(id_of(name))
 
     async def _finish(self, name: str, command: str) -> migration_pb2.Migration:

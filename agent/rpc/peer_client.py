@@ -15,7 +15,7 @@ from agent.carrier.grpc import GrpcCarrier
 from agent.carrier.tcp import Offer, connect
 from agent.errors import FailedPrecondition, Unavailable
 from agent.migration import CarrierKind, Identity, Volume
-from agent.peer import SessionRequest
+from agent.peer import Resumed, SessionRequest
 from agent.rpc.errors import calling, from_rpc_error
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,14 @@ class PeerClient:
         )
         with calling(self._address):
             answer = await self._stub.OpenSession(message, timeout=CALL_SECONDS)
-        return str(answer.session_token)
+        return str(answer.session_secret)
+
+    async def resume(self, secret: str, epoch: int) -> Resumed:
+        """See `agent.peer.Peer`."""
+        request = pb.ResumeSessionRequest(session_secret=secret, epoch=epoch)
+        with calling(self._address):
+            answer = await self._stub.ResumeSession(request, timeout=CALL_SECONDS)
+        return Resumed(answer.generation, answer.released)
 
     async def open_carrier(self, token: str, request: CarrierRequest) -> Carrier:
         """See `agent.peer.Peer`."""

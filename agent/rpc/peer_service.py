@@ -21,6 +21,7 @@ from agent.errors import DataLoss, FailedPrecondition, InvalidArgument, Warmsync
 from agent.migration import Identity, Volume
 from agent.peer import SessionRequest
 from agent.registry import Registry
+from agent.state import State
 from agent.target import TargetSession
 
 
@@ -35,7 +36,16 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
     ) -> pb.OpenSessionResponse:
         """Check and claim the target devices, all or none."""
         session = await self._registry.open_session(_session_request(request))
-        return pb.OpenSessionResponse(session_token=session.token)
+        return pb.OpenSessionResponse(session_secret=session.secret)
+
+    async def ResumeSession(
+        self, request: pb.ResumeSessionRequest, context: Any
+    ) -> pb.ResumeSessionResponse:
+        """Let a source go on."""
+        session = self._registry.session_of(request.session_secret)
+        generation = await session.resume(request.session_secret, request.epoch)
+        released = session.state in (State.CUT_OVER, State.COMPLETED)
+        return pb.ResumeSessionResponse(generation=generation, released=released)
 
     async def Transfer(
         self, requests: AsyncIterator[pb.TransferRequest | memoryview], context: Any
@@ -43,8 +53,8 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         """Receive frames until the session is released or given up."""
         first = await anext(requests, None)
         session = self._registry.session(getattr(first, "session_token", ""))
-        session.begin_stream()
-        inlet = _Inlet(session)
+        stream = session.begin_stream()
+        inlet = _Inlet(session, stream)
         feeder = asyncio.create_task(inlet.feed(requests))
         failure: WarmsyncError | None = None
         try:
@@ -60,7 +70,7 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
             feeder.cancel()
             await asyncio.wait([feeder])
             _ = feeder.cancelled() or feeder.exception()  # seen: nothing is left to be told
-            session.end_stream(failure)
+            session.end_stream(failure, stream)
 
     async def OpenTransfer(
         self, request: pb.OpenTransferRequest, context: Any
@@ -157,8 +167,9 @@ class _Collector:
 class _Inlet:
     """Takes the messages of one stream: frames are written side by side, a flush waits for all."""
 
-    def __init__(self, session: TargetSession) -> None:
+    def __init__(self, session: TargetSession, stream: int) -> None:
         self._session = session
+        self._stream = stream
         self._answers: asyncio.Queue[pb.TransferResponse | None] = asyncio.Queue()
         # The source keeps to the window; one that does not is held back here.
         self._window = asyncio.Semaphore(WINDOW_FRAMES)
@@ -198,7 +209,7 @@ class _Inlet:
         write.add_done_callback(self._finish)
 
     async def _write(self, frame: memoryview) -> None:
-        sequence = await self._session.write(frame)
+        sequence = await self._session.write(frame, self._stream)
         self._answers.put_nowait(pb.TransferResponse(written_sequence=sequence))
 
     def _finish(self, write: asyncio.Task[None]) -> None:
@@ -219,7 +230,7 @@ class _Inlet:
                 "and start a new migration",
             )
         self._frames = 0
-        seconds = await self._session.flush(flush.generation)
+        seconds = await self._session.flush(flush.generation, self._stream)
         flushed = pb.RoundFlushed(generation=flush.generation, flush_seconds=seconds)
         self._answers.put_nowait(pb.TransferResponse(flushed=flushed))
 

@@ -49,6 +49,12 @@ class Tracker(Protocol):
     def start(self) -> None:
         """Begin to track. Typed errors; nothing is left behind if it fails."""
 
+    def resume(self) -> None:
+        """Go on with what an agent before this one on the same boot has started.
+
+        OSError or a typed error if that cannot vouch for every write since: `start` anew then.
+        """
+
     def take(self, into: DirtyBitmap) -> Take:
         """Move the marks into `into`; a concurrent write is in this take or in the next."""
 
@@ -60,6 +66,9 @@ class Tracker(Protocol):
 
     def interrupt(self) -> None:
         """Let a pass that is running, and those to come, end early with an OSError. For stop."""
+
+    def detach(self) -> None:
+        """Let go, and let the tracking go on for the next agent, where it can."""
 
     def stop(self) -> None:
         """End tracking and leave nothing in the kernel. Safe to call twice."""

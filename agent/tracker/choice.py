@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from pathlib import Path
 
 from agent.errors import FailedPrecondition, InvalidArgument
 from agent.migration import Scheme
+from agent.store import Store
 from agent.tracker import Tracker
 from agent.tracker.scan import ScanTracker
 from native.bitmap import fit_block_size
@@ -77,24 +79,25 @@ def fit_block(scheme: Scheme, size_bytes: int, block_size_bytes: int) -> int:
 
 
 def make_tracker(
-    scheme: Scheme, device: BlockDevice, block_size_bytes: int, pin_dir: Path
+    scheme: Scheme, device: BlockDevice, block_size_bytes: int, pin_dir: Path, store: Store
 ) -> Tracker:
     """Return a tracker, not yet started."""
     if scheme is Scheme.SCAN:
-        return ScanTracker(device)
+        return ScanTracker(device, store)
     from agent.tracker.ebpf import EbpfTracker
 
     return EbpfTracker(device, block_size_bytes, pin_dir)
 
 
-def remove_stale(directory: Path) -> list[str]:
-    """Remove pins that an earlier agent of this state directory left behind; return their names.
+def remove_stale(directory: Path, wanted: Container[str] = ()) -> list[str]:
+    """Remove pins that nobody will take up again (not `wanted`); return their names.
 
     With the last pin of a program gone, the kernel detaches it.
     """
     if not directory.is_dir():
         return []
-    stale = sorted(path for path in directory.iterdir() if path.is_dir())
+    found = sorted(path for path in directory.iterdir() if path.is_dir())
+    stale = [path for path in found if path.name not in wanted]
     if stale:
         from native.ebpf import remove
 

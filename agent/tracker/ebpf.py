@@ -5,6 +5,7 @@ Owns the pins under bpffs and the proof that the programs see this device. Desig
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import time
@@ -72,6 +73,20 @@ class EbpfTracker:
             raise
         self._lost = self._kernel.counters().lost
 
+    def resume(self) -> None:
+        """See `agent.tracker.Tracker`. Takes up the pinned programs of the same disk."""
+        disk = disk_range(os.fstat(self._device.fileno()).st_rdev)
+        kernel = KernelTracker.open(str(self._pin_dir))
+        if kernel.watch != _watch(disk, self._block_size_bytes):
+            kernel.close()
+            raise OSError(errno.ESTALE, f"{self._pin_dir} watches another disk")
+        self._kernel = kernel
+        self._marks = DirtyBitmap(
+            self._device.size_bytes(), self._block_size_bytes, words=kernel.words
+        )
+        # Since the attach: what was lost before the last take of the agent before us is not known.
+        self._lost = 0
+
     def take(self, into: DirtyBitmap) -> Take:
         """See `agent.tracker.Tracker`."""
         kernel, marks = self._attached()
@@ -114,6 +129,13 @@ class EbpfTracker:
 
     def interrupt(self) -> None:
         """Nothing takes long."""
+
+    def detach(self) -> None:
+        """See `agent.tracker.Tracker`: the pins stay."""
+        self._marks = None
+        if self._kernel is not None:
+            self._kernel.close()
+            self._kernel = None
 
     def stop(self) -> None:
         """See `agent.tracker.Tracker`."""

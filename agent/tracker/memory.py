@@ -23,6 +23,10 @@ class MemoryTracker:
         """Note a write that has just completed."""
         self._marks.set_range(offset_bytes, length_bytes)
 
+    def resume(self) -> None:
+        """Nothing of it outlives the process."""
+        raise OSError(2, "the memory tracker keeps nothing")
+
     def take(self, into: DirtyBitmap) -> Take:
         """See `agent.tracker.Tracker`."""
         return Take(self._marks.take(into) * self._marks.block_size_bytes)
@@ -37,6 +41,9 @@ class MemoryTracker:
 
     def interrupt(self) -> None:
         """Nothing takes long."""
+
+    def detach(self) -> None:
+        """Nothing to let go."""
 
     def stop(self) -> None:
         """Nothing to do."""

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, closing
 
 from agent.device import LEAST_DATA_BYTES
 from agent.extent import align, complement, cut
+from agent.store import Store
 from agent.tracker import Take
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
@@ -24,6 +25,7 @@ from native.scan import compare, compare_hole
 _THREADS = 2
 _SCRATCH_BYTES = 2 << 20
 _SLICE_BYTES = 64 << 20
+_TABLE = "digests"
 
 
 class ScanTracker:
@@ -32,23 +34,34 @@ class ScanTracker:
     scheme = "scan"
     looks_cheaply = False
 
-    def __init__(self, device: BlockDevice) -> None:
+    def __init__(self, device: BlockDevice, store: Store | None = None) -> None:
         self._device = device
         self._size_bytes = device.size_bytes()
         self._interrupted = False
-        chunks = -(-self._size_bytes // CHUNK_BYTES)
-        # Private, so that a page that is only read stays the shared zero page.
-        self._table = mmap.mmap(
-            -1, chunks * DIGEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        self._store = store or Store(None)
+        self._table_bytes = -(-self._size_bytes // CHUNK_BYTES) * DIGEST_BYTES
+        self._kept: mmap.mmap | None = None
 
     @property
     def digests(self) -> mmap.mmap:
         """The table; entries are set as chunks are read for sending."""
-        return self._table
+        if self._kept is None:
+            raise RuntimeError("the tracker is not started")
+        return self._kept
+
+    @property
+    def _table(self) -> mmap.mmap:
+        return self.digests
 
     def start(self) -> None:
         """Nothing to attach: what is sent later than this is compared with the table."""
+        if self._kept is not None:
+            self._kept.close()
+        self._kept = self._store.make(_TABLE, self._table_bytes)
+
+    def resume(self) -> None:
+        """See `agent.tracker.Tracker`: the table says what was last read for sending."""
+        self._kept = self._store.open(_TABLE, self._table_bytes)
 
     def take(self, into: DirtyBitmap) -> Take:
         """See `agent.tracker.Tracker`. One pass over the device."""
@@ -70,10 +83,14 @@ class ScanTracker:
         """See `agent.tracker.Tracker`: a pass over a large disk may take minutes."""
         self._interrupted = True
 
+    def detach(self) -> None:
+        """Keep the table's file."""
+        self.stop()
+
     def stop(self) -> None:
         """Drop the table's memory."""
-        if not self._table.closed:
-            self._table.close()
+        if self._kept is not None and not self._kept.closed:
+            self._kept.close()
 
     def _pool(self) -> AbstractContextManager[BufferPool]:
         return closing(BufferPool(_SCRATCH_BYTES, _THREADS))

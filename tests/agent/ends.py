@@ -18,8 +18,9 @@ from agent.brake import Brake
 from agent.carrier import Carrier, CarrierRequest
 from agent.disk import SourceDisk, open_source
 from agent.errors import WarmsyncError
+from agent.journal import Journal
 from agent.migration import Plan, Scheme, Volume
-from agent.peer import SessionRequest
+from agent.peer import Resumed, SessionRequest
 from agent.sender import Sender, Workshop
 from agent.source import Prepared, SourceMigration
 from agent.tracker import Take
@@ -107,11 +108,16 @@ class FakePeer:
         self.gates: dict[str, asyncio.Event] = {}
         self.before: dict[str, Hook] = {}
         self.heard = Bell()
+        self.resumed = Resumed(0, released=False)
 
     async def open_session(self, request: SessionRequest) -> str:
         self.requests.append(request)
         await self._answer("open_session")
-        return "token"
+        return "secret"
+
+    async def resume(self, secret: str, epoch: int) -> Resumed:
+        await self._answer("resume", f"resume {epoch}")
+        return self.resumed
 
     async def open_carrier(self, token: str, request: CarrierRequest) -> Carrier:
         await self._answer("open_carrier")
@@ -181,6 +187,7 @@ class Source:
     carrier: FakeCarrier
     peer: FakePeer
     plan: Plan
+    journal: Journal = field(default_factory=lambda: Journal(None))
     _sender: Sender | None = field(default=None)
 
     @property
@@ -197,8 +204,11 @@ class Source:
 
     def migration(self, brake: Brake | None = None) -> SourceMigration:
         """Return the migration, not yet started."""
-        prepared = Prepared(self.plan, Scheme.SCAN, "", self.disks, self.peer, "token", brake)
-        return SourceMigration(prepared, self.workshop)
+        request = SessionRequest(self.plan.id, 1, "boot", self.plan.volumes, ())
+        prepared = Prepared(
+            self.plan, Scheme.SCAN, "", self.disks, self.peer, "secret", request, brake
+        )
+        return SourceMigration(prepared, self.workshop, self.journal)
 
     def write(self, offset: int, data: bytes, volume: int = 0) -> None:
         """Write as the guest does; the tracker learns of it."""
@@ -233,7 +243,7 @@ def source(directory: Path, monkeypatch: pytest.MonkeyPatch, volumes: int = 1) -
     monkeypatch.setattr(
         disk_module,
         "make_tracker",
-        lambda scheme, device, block, pins: WatchedTracker(device.size_bytes(), block),
+        lambda scheme, device, block, pins, store: WatchedTracker(device.size_bytes(), block),
     )
     images = [directory / f"source{i}.img" for i in range(volumes)]
     targets = [directory / f"target{i}.img" for i in range(volumes)]

@@ -52,7 +52,7 @@ async def seeded(end: Source) -> Cutover:
     sender = end.sender()
     await sender.send_seed(await sender.take(flush=False))
     end.carrier.events.clear()
-    return Cutover(sender, end.peer, "token")
+    return Cutover(sender, end.peer, lambda: "token")
 
 
 async def refusal(cutover: Cutover) -> WarmsyncError:

@@ -142,7 +142,7 @@ def test_the_cutover_holds_nothing_back(end: Source) -> None:
     async def main() -> None:
         await heated(end)
         end.write(HOT, b"last words")
-        await Cutover(end.sender(), end.peer, "token").run()
+        await Cutover(end.sender(), end.peer, lambda: "token").run()
         assert pending(end) == [set(), set()]
         assert end.equal()
 
@@ -159,7 +159,7 @@ def test_a_cutover_that_held_something_back_releases_nothing(
         await heated(end)
         end.write(HOT, b"last words")
         with pytest.raises(RuntimeError, match="unsent"):
-            await Cutover(end.sender(), end.peer, "token").run()
+            await Cutover(end.sender(), end.peer, lambda: "token").run()
         assert end.peer.calls == []
 
     run(main)
@@ -170,7 +170,7 @@ def test_what_was_held_is_sent_after_a_refused_cutover(end: Source) -> None:
         await heated(end)
         end.carrier.before[f"flush {end.sender().generation + 1}"] = lambda: end.write(HOT, b"on")
         with pytest.raises(FailedPrecondition):
-            await Cutover(end.sender(), end.peer, "token").run()
+            await Cutover(end.sender(), end.peer, lambda: "token").run()
         await sync(end, 0)
         assert end.equal()
 

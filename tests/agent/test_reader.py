@@ -79,7 +79,9 @@ def test_holes_are_not_read(tmp_path: Path, threads: ThreadPoolExecutor, pool: B
     path.write_bytes(b"data that only looks like a hole to the plan".ljust(SIZE, b"."))
 
     async def main() -> None:
-        seed = plan_holes(0, DirtyBitmap(SIZE))
+        holes = DirtyBitmap(SIZE)
+        holes.set_all()
+        seed = plan_holes(0, holes)
         async for _, frame in reader(BlockDevice(str(path)), threads, pool).frames(seed, 1):
             assert [kind for _, _, kind in extents(frame)] == [ZERO]
 

@@ -12,10 +12,19 @@ import pytest
 
 from agent.config import AgentConfig
 from agent.device import identities
-from agent.errors import DataLoss, FailedPrecondition, InvalidArgument, Unavailable, WarmsyncError
+from agent.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+    WarmsyncError,
+)
+from agent.journal import Journal
 from agent.registry import Registry
+from agent.sender import Workshop
 from agent.state import State
-from agent.target import TargetSession, open_targets
+from agent.target import TargetSession, new_session, open_targets
 from native.blockio import BlockDevice
 from native.chunk import digests
 from tests.agent.carriers.rig import SIZE, frame_of, image, request, until
@@ -83,8 +92,8 @@ def assert_state(session: TargetSession, state: State) -> None:
 
 async def receive(session: TargetSession, source: Path, generation: int = 1) -> None:
     frame = frame_of(source, 0, STEP, generation=generation)
-    assert await session.write(memoryview(frame)) == 1
-    await session.flush(generation)
+    assert await session.write(memoryview(frame), 1) == 1
+    await session.flush(generation, 1)
 
 
 def test_a_session_from_claim_to_release(source: Path, target: Path) -> None:
@@ -98,7 +107,7 @@ def test_a_session_from_claim_to_release(source: Path, target: Path) -> None:
         assert (session.state, session.snapshot().incomplete) == (State.CUT_OVER, False)
         assert not is_claimed(target)
         session.release(1)  # the answer may have been lost
-        session.end_stream(None)
+        session.end_stream(None, 1)
         assert_state(session, State.CUT_OVER)
         session.finish()
         session.finish()
@@ -131,7 +140,7 @@ def test_abort_releases_and_says_incomplete(target: Path, cancelled: bool) -> No
         assert session.snapshot().incomplete
         assert not is_claimed(target)
         assert refused(lambda: session.release(0)) == "NOT_RELEASABLE"
-        session.end_stream(None)
+        session.end_stream(None, 1)
 
     trial(target, steps)
 
@@ -166,15 +175,84 @@ def test_nothing_is_written_after_the_release(source: Path, target: Path) -> Non
 def test_what_ended_a_session_is_told_to_who_still_sends(source: Path, target: Path) -> None:
     async def steps(registry: Registry, session: TargetSession) -> None:
         session.begin_stream()
-        stopped = Unavailable("AGENT_STOPPED", "the agent was stopped; come back later")
-        session.close(stopped)
-        with pytest.raises(Unavailable) as told:
+        session.abort("enough", cancelled=False)
+        with pytest.raises(FailedPrecondition) as told:
             await receive(session, source)
-        assert told.value is stopped
-        with pytest.raises(Unavailable):
-            await session.flush(1)
+        assert told.value.reason == "SOURCE_FAILED"
+        with pytest.raises(FailedPrecondition):
+            await session.flush(1, 1)
 
     trial(target, steps)
+
+
+def test_a_stream_that_ends_is_a_cut_and_may_begin_again(source: Path, target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        session.begin_stream()
+        await receive(session, source)
+        session.end_stream(None, 1)
+        assert_state(session, State.SYNCING)
+        assert session.snapshot().incomplete
+        assert is_claimed(target)
+        with pytest.raises(Unavailable):  # what is left of the old stream writes nothing
+            await session.write(memoryview(frame_of(source, 0, STEP, generation=2)), 1)
+        old = session.token
+        assert await session.resume(session.secret, 2) == 1
+        with pytest.raises(FailedPrecondition) as late:
+            registry.session(old)
+        assert late.value.reason == "SESSION_SUPERSEDED"
+        assert registry.session(session.token) is session
+        stream = session.begin_stream()
+        await session.write(memoryview(frame_of(source, 0, STEP, generation=2)), stream)
+        await session.flush(2, stream)
+        session.release(2)
+        assert await session.resume(session.secret, 3) == 2
+        assert_state(session, State.CUT_OVER)
+        assert not is_claimed(target)
+
+    trial(target, steps)
+
+
+def test_the_newer_fences_the_older(target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        await session.resume(session.secret, 5)
+        for epoch in (1, 4, 5):
+            with pytest.raises(FailedPrecondition) as refusal:
+                await session.resume(session.secret, epoch)
+            assert refusal.value.reason == "SESSION_SUPERSEDED"
+        with pytest.raises(NotFound):
+            await session.resume("guessed", 6)
+
+    trial(target, steps)
+
+
+def test_a_target_is_found_again(source: Path, target: Path) -> None:
+    """By the next agent of this state directory, with its claim and its last generation."""
+
+    async def main() -> None:
+        first = registry_of(target.parent, target)
+        session = await first.open_session(request([target]))
+        stream = session.begin_stream()
+        await receive(session, source)
+        assert stream == 1
+        await first.close()
+        assert not is_claimed(target)
+        second = registry_of(target.parent, target)
+        try:
+            again = second.session_of(session.secret)
+            assert again.state is State.SYNCING
+            assert is_claimed(target)
+            assert await again.resume(session.secret, 2) == 1
+            again.abort("enough", cancelled=True)
+        finally:
+            await second.close()
+        third = registry_of(target.parent, target)
+        try:
+            assert third.session_of(session.secret).state is State.CANCELLED
+            assert not is_claimed(target)
+        finally:
+            await third.close()
+
+    run(main)
 
 
 def test_reclaim(source: Path, target: Path) -> None:
@@ -202,10 +280,10 @@ def test_generations_follow_each_other(source: Path, target: Path) -> None:
     async def steps(registry: Registry, session: TargetSession) -> None:
         session.begin_stream()
         with pytest.raises(DataLoss, match="cannot follow 0"):
-            await session.flush(2)
+            await session.flush(2, 1)
         await receive(session, source)
         with pytest.raises(DataLoss, match="nothing of it written"):
-            await session.write(memoryview(frame_of(source, 0, STEP, generation=1)))
+            await session.write(memoryview(frame_of(source, 0, STEP, generation=1)), 1)
         await receive(session, source, generation=2)
 
     trial(target, steps)
@@ -219,12 +297,19 @@ def test_one_stream(target: Path) -> None:
     trial(target, steps)
 
 
+def session_of(target: Path, device: BlockDevice) -> TargetSession:
+    """Return a session without a registry."""
+    workshop = Workshop(None, None, 1)  # type: ignore[arg-type]
+    record = new_session(request([target]))
+    return TargetSession(record, [device], workshop, Journal(None), (str(target),))
+
+
 def test_a_source_that_never_begins(target: Path) -> None:
     """The claim on the devices does not outlive a source that died after opening."""
 
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         device = BlockDevice(str(target), writable=True, exclusive=True)
-        session = TargetSession(request([target]), [device], None, None)  # type: ignore[arg-type]
+        session = session_of(target, device)
         await asyncio.sleep(59)
         assert_state(session, State.PENDING)
         await until(session.bell, lambda: session.state is State.FAILED)
@@ -239,7 +324,7 @@ def test_a_source_that_never_begins(target: Path) -> None:
 def test_a_stream_that_has_begun_has_no_deadline(target: Path) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         device = BlockDevice(str(target), writable=True, exclusive=True)
-        session = TargetSession(request([target]), [device], None, None)  # type: ignore[arg-type]
+        session = session_of(target, device)
         session.begin_stream()
         await asyncio.sleep(86400)
         assert_state(session, State.SEEDING)
@@ -265,8 +350,8 @@ def test_digests(source: Path, target: Path) -> None:
 def test_the_agent_stops(source: Path, target: Path) -> None:
     async def steps(registry: Registry, session: TargetSession) -> None:
         session.begin_stream()
-        session.close(Unavailable("AGENT_STOPPED", "bye"))
-        assert_state(session, State.FAILED)
+        session.close()
+        assert_state(session, State.SEEDING)  # goes on with the next start
         assert not is_claimed(target)
 
     trial(target, steps)

@@ -217,13 +217,22 @@ def agent(
     allowed: tuple[str, ...] = ALLOWED,
     command: tuple[str, ...] = (),
     client: tuple[str, ...] = (),
+    settings: dict[str, dict[str, int]] | None = None,
 ) -> Iterator[Agent]:
     """Run an agent until the end of the block.
 
-    `command` runs it (setpriv, say); `client` are the flags of commands that talk to it.
+    `command` runs it (setpriv, say); `client` are the flags of commands that talk to it; `settings`
+    are further ones of its configuration, by section.
     """
     with starting(
-        name, directory, pins, *flags, listen=listen, allowed=allowed, command=command
+        name,
+        directory,
+        pins,
+        *flags,
+        listen=listen,
+        allowed=allowed,
+        command=command,
+        settings=settings,
     ) as (
         process,
         log,
@@ -247,16 +256,21 @@ def starting(
     listen: str,
     allowed: tuple[str, ...],
     command: tuple[str, ...],
+    settings: dict[str, dict[str, int]] | None = None,
 ) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """Start a process; it is killed at the end of the block if it has not ended by then."""
-    settings, log = directory / f"{name}.toml", directory / f"{name}.log"
-    settings.write_text(
+    file, log = directory / f"{name}.toml", directory / f"{name}.log"
+    sections = [
+        f"[{section}]\n" + "".join(f"{key} = {value}\n" for key, value in values.items())
+        for section, values in (settings or {}).items()
+    ]
+    file.write_text(
         f"listen = {json.dumps(listen)}\n"
         f"state_dir = {json.dumps(str(directory / name))}\n"
         f"bpffs_dir = {json.dumps(str(pins))}\n"
-        f"allow_devices = {json.dumps(list(allowed))}\n"
+        f"allow_devices = {json.dumps(list(allowed))}\n" + "".join(sections)
     )
-    words = [*command, sys.executable, "-m", "agent", "agent", "--config", str(settings), *flags]
+    words = [*command, sys.executable, "-m", "agent", "agent", "--config", str(file), *flags]
     with (
         log.open("a") as errors,
         subprocess.Popen(

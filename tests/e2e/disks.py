@@ -88,6 +88,11 @@ def is_fenced(path: str | Path) -> bool:
     return status.st_mode & 0o222 == 0
 
 
+def unfence(path: str) -> None:
+    """Lift a block device's fence, as a reboot of its host does."""
+    devices.run("blockdev", "--setrw", path)
+
+
 def is_free(path: str | Path) -> bool:
     """Whether an exclusive claim can be had."""
     from native.blockio import BlockDevice

@@ -1,101 +1,217 @@
-"""Agents that stop or die in the middle: the source is whole, the target released, no pin left."""
+"""Agents that stop or die in the middle, and start again: the migration goes on, whole."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests import content
-from tests.devices import LoopDevice
+from tests import content, guest
+from tests.devices import LoopDevice, require
 from tests.e2e import agents, disks
 from tests.e2e.agents import Agent, Pair, eventually
 from tests.e2e.disks import MIB
+from tests.native.tracking import bpffs
 
 SIZE = 32 * MIB
-LOST = ("AGENT_STOPPED", "PEER_LOST", "PEER_UNREACHABLE")
-"""What a lost target looks like: it depends on what the network answers first."""
-MIDDLES = {"SEEDING": ("--bandwidth-limit", "2M"), "SYNCING": ("--max-downtime", "1ms")}
+CHECKPOINT = 1 * MIB
+MIDDLES = {"SEEDING": ("--bandwidth-limit", "8M"), "SYNCING": ("--max-downtime", "1ms")}
+TRACKERS = ("ebpf", "scan")
+
+
+class Hosts:
+    """Two agents that can be stopped, killed and started again, each on its own port."""
+
+    def __init__(self, directory: Path, pins: Path, stack: ExitStack) -> None:
+        self._directory = directory
+        self._pins = pins
+        self._stack = stack
+        self.source = self._start("source", "127.0.0.1:0")
+        self.target = self._start("target", "127.0.0.1:0")
+
+    @property
+    def pair(self) -> Pair:
+        return Pair(self.source, self.target)
+
+    def _start(self, name: str, listen: str) -> Agent:
+        settings = {"transfer": {"checkpoint_bytes": CHECKPOINT}}
+        running = agents.agent(
+            name, self._directory, self._pins / name, listen=listen, settings=settings
+        )
+        return self._stack.enter_context(running)
+
+    def start(self, name: str) -> Agent:
+        """Start an agent again, where it was."""
+        before: Agent = getattr(self, name)
+        made = self._start(name, before.address)
+        setattr(self, name, made)
+        return made
+
+    def end(self, name: str, number: signal.Signals) -> None:
+        """End an agent; by a signal that it obeys it must end well."""
+        agent: Agent = getattr(self, name)
+        agent.ends_well = False
+        code = agent.stop(number)
+        assert code == (-number if number is signal.SIGKILL else 0), agent.log.read_text()
 
 
 @pytest.fixture
-def volume(loop_device: Callable[..., LoopDevice], own_pair: Pair) -> tuple[str, str]:
+def hosts(tmp_path: Path, resources: ExitStack) -> Iterator[Hosts]:
+    require("root", "loop", "bpf")
+    with bpffs() as pins, ExitStack() as stack:
+        yield Hosts(tmp_path, pins, stack)
+
+
+@pytest.fixture
+def volume(loop_device: Callable[..., LoopDevice]) -> tuple[str, str]:
     source, target = loop_device(SIZE).path, loop_device(SIZE).path
     content.fill(source, 1)
     disks.soil(target, 2)
     return source, target
 
 
-@pytest.fixture(params=MIDDLES)
-def name(request: pytest.FixtureRequest, own_pair: Pair, volume: tuple[str, str]) -> str:
-    """A migration in the middle."""
-    tracker = ("--tracker", "ebpf")
-    name = own_pair.start(*tracker, *MIDDLES[request.param], volumes=[volume])
-    own_pair.source.wait(name, request.param)
-    assert own_pair.source.pinned() != []
-    return name
+@pytest.fixture
+def writer(volume: tuple[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A guest that goes on writing whatever happens to the agents."""
+    options = ("--rw=randwrite", "--bs=4096", "--rate=2m", "--time_based", "--runtime=600")
+    running = guest.boot(volume[0], *options)
+    yield running
+    guest.destroy(running)
 
 
-def assert_source_whole(agent: Agent, path: str) -> None:
-    assert not disks.is_fenced(path)
-    disks.assert_writable(path)
-    assert agent.pinned() == []
+def hand_over(hosts: Hosts, name: str, writer: subprocess.Popen[str]) -> None:
+    """Converge, power the guest off, cut over."""
+    hosts.source.ask("update", name, "--max-downtime", "20s", "--bandwidth-limit", "0")
+    hosts.source.wait(name, "CONVERGED")
+    guest.power_off(writer)
+    assert hosts.source.ask("cutover", name)["state"] == "CUT_OVER"
 
 
-def test_the_source_agent_is_stopped(own_pair: Pair, volume: tuple[str, str], name: str) -> None:
-    assert own_pair.source.stop() == 0
-    assert_source_whole(own_pair.source, volume[0])
-    there = own_pair.target.show(name)
-    assert (there["state"], there["incomplete"]) == ("FAILED", True)
-    assert there["error"]["reason"] == "SOURCE_FAILED"
-    assert own_pair.target.held() == []
-    assert disks.is_free(volume[1])
-
-
-def test_the_target_agent_is_stopped(own_pair: Pair, volume: tuple[str, str], name: str) -> None:
-    assert own_pair.target.stop() == 0
-    eventually(lambda: own_pair.source.show(name), lambda shown: shown["state"] == "FAILED")
-    assert own_pair.source.show(name)["error"]["reason"] in LOST
-    eventually(own_pair.source.held, lambda held: not held)
-    assert_source_whole(own_pair.source, volume[0])
-    assert disks.is_free(volume[1])
-
-
-def test_the_source_agent_is_killed(
-    own_pair: Pair, volume: tuple[str, str], name: str, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["stop", "kill"])
+@pytest.mark.parametrize("middle", MIDDLES)
+@pytest.mark.parametrize("tracker", TRACKERS)
+@pytest.mark.parametrize("who", ["source", "target"])
+def test_an_agent_ends_and_starts_again(  # noqa: PLR0917 - parameters and fixtures
+    hosts: Hosts,
+    volume: tuple[str, str],
+    writer: subprocess.Popen[str],
+    who: str,
+    tracker: str,
+    middle: str,
+    number: signal.Signals,
 ) -> None:
-    dead = own_pair.source
-    dead.ends_well = False
-    assert dead.stop(signal.SIGKILL) == -signal.SIGKILL
-    assert dead.pinned() != []  # the kernel goes on marking
-    eventually(lambda: own_pair.target.show(name), lambda shown: shown["state"] == "FAILED")
-    there = own_pair.target.show(name)
-    assert (there["error"]["reason"], there["incomplete"]) == ("SOURCE_LOST", True)
-    assert disks.is_free(volume[1])
-    with agents.agent("source", tmp_path, dead.pins) as again:
-        assert_source_whole(again, volume[0])
-        assert "removed a tracker" in again.log.read_text()
-        assert again.ask("list")["migrations"] == []
-
-
-def test_the_target_agent_is_killed(own_pair: Pair, volume: tuple[str, str], name: str) -> None:
-    own_pair.target.ends_well = False
-    own_pair.target.stop(signal.SIGKILL)
-    eventually(lambda: own_pair.source.show(name), lambda shown: shown["state"] == "FAILED")
-    assert own_pair.source.show(name)["error"]["reason"] in LOST
-    eventually(own_pair.source.held, lambda held: not held)
-    assert_source_whole(own_pair.source, volume[0])
-    assert disks.is_free(volume[1])
-
-
-def test_a_fence_outlives_its_agent(own_pair: Pair, volume: tuple[str, str]) -> None:
-    name = own_pair.start("--max-downtime", "20s", volumes=[volume])
-    own_pair.source.wait(name, "CONVERGED")
-    own_pair.source.ask("cutover", name)
-    assert own_pair.source.stop() == 0
-    assert own_pair.target.stop() == 0
+    name = hosts.pair.start("--tracker", tracker, *MIDDLES[middle], volumes=[volume])
+    hosts.source.wait(
+        name, middle, until=lambda now: now["state"] == middle and now["bytes_sent"] > 4 * MIB
+    )
+    hosts.end(who, number)
+    hosts.start(who)
+    shown = hosts.source.show(name)
+    assert shown["state"] in ("SEEDING", "SYNCING", "CONVERGED"), shown
+    if who == "source":
+        assert shown["resumes"] == 1
+        assert shown["suspect_volumes"] == 0
+        assert shown["resumed_saved_bytes"] > 0
+    hand_over(hosts, name, writer)
+    disks.assert_equal(*volume)
     assert disks.is_fenced(volume[0])
     assert disks.is_free(volume[1])
+    hosts.pair.tidy()
+    hosts.pair.assert_clean()
+
+
+def test_a_fence_outlives_its_agent_and_goes_up_again(
+    hosts: Hosts, volume: tuple[str, str]
+) -> None:
+    name = hosts.pair.start("--max-downtime", "20s", volumes=[volume])
+    hosts.source.wait(name, "CONVERGED")
+    hosts.source.ask("cutover", name)
+    hosts.end("source", signal.SIGKILL)
+    hosts.end("target", signal.SIGKILL)
+    assert disks.is_fenced(volume[0])
     disks.assert_equal(*volume)
+    disks.unfence(volume[0])  # as a reboot does
+    hosts.start("target")
+    hosts.start("source")
+    assert disks.is_fenced(volume[0])
+    assert hosts.source.show(name)["state"] == hosts.target.show(name)["state"] == "CUT_OVER"
+    assert hosts.source.ask("rollback", name)["state"] == "ROLLED_BACK"
+    assert not disks.is_fenced(volume[0])
+    assert hosts.target.show(name)["state"] == "ROLLED_BACK"
+
+
+def test_what_has_ended_is_still_shown(hosts: Hosts, volume: tuple[str, str]) -> None:
+    name = hosts.pair.start("--bandwidth-limit", "2M", volumes=[volume])
+    hosts.source.wait(name, "SEEDING")
+    hosts.source.ask("cancel", name)
+    hosts.end("source", signal.SIGTERM)
+    hosts.start("source")
+    assert hosts.source.show(name)["state"] == "CANCELLED"
+    hosts.source.refuse("pause", name, reason="ILLEGAL_TRANSITION")
+    hosts.source.ask("delete", name)
+    assert hosts.source.ask("list")["migrations"] == []
+
+
+def test_a_target_that_has_lost_its_state_gets_everything_again(
+    hosts: Hosts, volume: tuple[str, str], writer: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    name = hosts.pair.start("--max-downtime", "1ms", volumes=[volume])
+    hosts.source.wait(name, "SYNCING")
+    hosts.end("target", signal.SIGKILL)
+    for path in (tmp_path / "target").glob("journal.db*"):
+        path.unlink()
+    hosts.start("target")
+    eventually(lambda: hosts.source.show(name), lambda now: now["suspect_volumes"] == 1)
+    hand_over(hosts, name, writer)
+    disks.assert_equal(*volume)
+    hosts.pair.tidy()
+
+
+def test_a_source_that_has_lost_its_state_leaves_no_tracker(
+    hosts: Hosts, volume: tuple[str, str], tmp_path: Path
+) -> None:
+    name = hosts.pair.start("--tracker", "ebpf", "--max-downtime", "1ms", volumes=[volume])
+    hosts.source.wait(name, "SYNCING")
+    hosts.end("source", signal.SIGKILL)
+    assert hosts.source.pinned() != []  # the kernel goes on marking
+    for path in (tmp_path / "source").glob("journal.db*"):
+        path.unlink()
+    hosts.start("source")
+    assert hosts.source.pinned() == []
+    assert "removed a tracker" in hosts.source.log.read_text()
+    assert hosts.source.ask("list")["migrations"] == []
+    disks.assert_writable(volume[0])
+
+
+def test_a_tracker_that_is_gone_is_not_believed(
+    hosts: Hosts, volume: tuple[str, str], writer: subprocess.Popen[str]
+) -> None:
+    name = hosts.pair.start("--tracker", "ebpf", "--max-downtime", "1ms", volumes=[volume])
+    hosts.source.wait(name, "SYNCING")
+    hosts.end("source", signal.SIGKILL)
+    for pin in hosts.source.pins.rglob("*/*/*"):
+        pin.unlink()
+    hosts.start("source")
+    assert hosts.source.show(name)["suspect_volumes"] == 1
+    hand_over(hosts, name, writer)
+    disks.assert_equal(*volume)
+    hosts.pair.tidy()
+
+
+def test_an_agent_that_is_away_is_waited_for(
+    hosts: Hosts, volume: tuple[str, str], writer: subprocess.Popen[str]
+) -> None:
+    name = hosts.pair.start("--max-downtime", "20s", volumes=[volume])
+    hosts.source.wait(name, "CONVERGED")
+    hosts.end("target", signal.SIGTERM)
+    shown = eventually(lambda: hosts.source.show(name), lambda now: now["trouble"] != "")
+    assert shown["state"] in ("SYNCING", "CONVERGED")
+    hosts.start("target")
+    eventually(lambda: hosts.source.show(name), lambda now: now["trouble"] == "")
+    hand_over(hosts, name, writer)
+    disks.assert_equal(*volume)
+    hosts.pair.tidy()

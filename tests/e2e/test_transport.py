@@ -53,7 +53,7 @@ class Authority:
 
     def flags(self, name: str) -> tuple[str, ...]:
         paths = {kind: self.directory / f"{name}-{kind}.pem" for kind in ("cert", "key")}
-        issued = self._ca.issue_cert("localhost", "127.0.0.1")
+        issued = self._ca.issue_cert("localhost", "127.0.0.1", "127.0.0.2")
         issued.cert_chain_pems[0].write_to_path(paths["cert"])
         issued.private_key_pem.write_to_path(paths["key"])
         given = [word for kind, path in paths.items() for word in (f"--tls-{kind}", str(path))]

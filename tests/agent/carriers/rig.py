@@ -19,7 +19,7 @@ from agent.carrier import Carrier, CarrierRequest
 from agent.carrier.port import DataPort
 from agent.config import AgentConfig, TlsConfig
 from agent.migration import PROTOCOL_VERSION, CarrierKind, Volume
-from agent.peer import Peer, SessionRequest
+from agent.peer import Peer, SessionRequest, session_token
 from agent.registry import Registry
 from agent.rpc.client import open_channel
 from agent.rpc.peer_client import PeerClient
@@ -91,7 +91,7 @@ async def rig(kind: str, directory: Path, targets: list[Path]) -> AsyncIterator[
     registry.data_port = DataPort(tls=tls.is_on)
     registry.data_port.listen("127.0.0.1", 0)
     try:
-        token = await peer.open_session(request(targets))
+        token = session_token(await peer.open_session(request(targets)), 1)
         made = Rig(kind, registry, server, peer, token, targets)
         try:
             yield made
@@ -114,6 +114,11 @@ def certificates(directory: Path) -> TlsConfig:
     issued.private_key_pem.write_to_path(files.key)
     authority.cert_pem.write_to_path(files.ca)
     return files
+
+
+def is_cut(session: TargetSession) -> bool:
+    """Return whether a session's stream has ended, for a reason: its source may come back."""
+    return session.snapshot().refusal is not None and not session.state.is_terminal
 
 
 def request(targets: list[Path], **changes: object) -> SessionRequest:

@@ -28,6 +28,7 @@ from tests.agent.carriers.rig import (
     frame_of,
     frames_of,
     image,
+    is_cut,
     tasks,
     threads,
     until,
@@ -139,11 +140,11 @@ def test_a_slow_target_holds_the_source_back(
     writing: list[int] = []
     write = TargetSession.write
 
-    async def held(self: TargetSession, frame: Any) -> int:
+    async def held(self: TargetSession, frame: Any, stream: int) -> int:
         writing.append(len(writing))
         self.bell.ring()
         await gate.wait()
-        return await write(self, frame)
+        return await write(self, frame, stream)
 
     monkeypatch.setattr(TargetSession, "write", held)
 
@@ -227,7 +228,7 @@ def test_a_flush_that_fails_is_not_answered(
         carrier = await rig.open_carrier()
         error = await failure_of(carrier, frame_of(source, 0, STEP))
         assert error.reason == "TARGET_IO_ERROR"
-        assert rig.session.state is State.FAILED
+        assert is_cut(rig.session)
         assert rig.session.snapshot().progress.rounds == 0
         await carrier.close()
 
@@ -243,7 +244,7 @@ def test_a_damaged_frame_is_refused(make_rig: MakeRig, source: Path, target: Pat
         assert isinstance(error, DataLoss)
         assert error.reason == "BAD_FRAME"
         assert read_all(target) == bytes(SIZE)
-        assert rig.session.state is State.FAILED
+        assert is_cut(rig.session)
         assert rig.session.snapshot().incomplete
         await carrier.close()
 
@@ -284,7 +285,7 @@ def test_a_generation_out_of_turn_is_refused(
         error = await failure_of(carrier, frame_of(source, 0, STEP), generation=generation)
         assert isinstance(error, DataLoss)
         assert error.reason == "WRONG_GENERATION"
-        assert rig.session.state is State.FAILED
+        assert is_cut(rig.session)
         await carrier.close()
 
     trial(make_rig, steps)
@@ -322,11 +323,11 @@ def test_a_write_error_is_told_at_once(make_rig: MakeRig, source: Path, tmp_path
         carrier = await rig.open_carrier()
         with faulty.failing("pwrite"):
             await carrier.send(frame_of(source, 0, STEP))
-            await until(rig.session.bell, lambda: rig.session.state is State.FAILED)
+            await until(rig.session.bell, lambda: is_cut(rig.session))
             error = await failure_of(carrier, frame_of(source, STEP, STEP))
         assert isinstance(error, DataLoss)
         assert (error.reason, error.values["errno"]) == ("TARGET_IO_ERROR", "EIO")
-        assert rig.session.snapshot().error is not None
+        assert rig.session.snapshot().refusal is not None
         await carrier.close()
 
     with devices.faulty_device(SIZE) as faulty:
@@ -339,7 +340,7 @@ def test_the_reason_reaches_a_source_in_full_flight(
     """The target's own words, not those of a broken pipe: writes race with them."""
     written = 0
 
-    async def breaks(self: TargetSession, frame: Any) -> int:
+    async def breaks(self: TargetSession, frame: Any, stream: int) -> int:
         nonlocal written
         written += 1
         if written % 40 == 0:
@@ -419,7 +420,7 @@ def test_a_peer_that_vanishes_while_the_source_waits(
 
     stuck = asyncio.Event()
 
-    async def hangs(self: TargetSession, frame: Any) -> int:
+    async def hangs(self: TargetSession, frame: Any, stream: int) -> int:
         await stuck.wait()
         return 0
 
@@ -448,8 +449,8 @@ def test_a_source_that_vanishes_fails_the_session(make_rig: MakeRig, source: Pat
         await carrier.flush(1)
         await carrier.close()
         session = rig.session
-        await until(session.bell, lambda: session.state is State.FAILED)
-        error = session.snapshot().error
+        await until(session.bell, lambda: is_cut(session))
+        error = session.snapshot().refusal
         assert error is not None
         assert error.reason == "SOURCE_LOST"
         assert session.snapshot().incomplete
@@ -501,10 +502,10 @@ def test_a_cancelled_source_leaves_nothing_behind(
 ) -> None:
     write = TargetSession.write
 
-    async def held(self: TargetSession, frame: Any) -> int:
+    async def held(self: TargetSession, frame: Any, stream: int) -> int:
         self.bell.ring()
         await asyncio.sleep(0)
-        return await write(self, frame)
+        return await write(self, frame, stream)
 
     monkeypatch.setattr(TargetSession, "write", held)
 
@@ -519,7 +520,7 @@ def test_a_cancelled_source_leaves_nothing_behind(
             await asyncio.wait([sending])
             assert sending.cancelled()
             await carrier.close()
-            await until(rig.session.bell, lambda: rig.session.state is State.FAILED)
+            await until(rig.session.bell, lambda: is_cut(rig.session))
 
     def held_now() -> Counter[str]:
         gc.collect()

@@ -19,7 +19,7 @@ from agent.rpc.client import open_channel
 from agent.rpc.errors import from_rpc_error
 from agent.rpc.server import Service, start_server
 from agent.state import State
-from tests.agent.carriers.rig import Rig, frame_of, rig
+from tests.agent.carriers.rig import Rig, frame_of, is_cut, rig
 from tests.agent.rpc_helpers import run
 from tests.content import read_all
 
@@ -140,7 +140,7 @@ def test_a_stream_that_ends_is_a_failure(tmp_path: Path, target: Path) -> None:
             await call.write(flush(1, 0))
             await call.done_writing()
             await until_failed(r)
-            error = r.session.snapshot().error
+            error = r.session.snapshot().refusal
             assert error is not None
             assert error.reason == "SOURCE_LOST"
 
@@ -156,7 +156,7 @@ def test_a_source_that_overruns_the_window_is_held_back(
     writing = 0
     gate = asyncio.Event()
 
-    async def held(self: TargetSession, frame: Any) -> int:
+    async def held(self: TargetSession, frame: Any, stream: int) -> int:
         nonlocal writing
         writing += 1
         self.bell.ring()
@@ -231,5 +231,5 @@ def test_an_answer_for_another_generation_is_refused() -> None:
 
 
 async def until_failed(rig: Rig) -> None:
-    while rig.session.state is not State.FAILED:
+    while not is_cut(rig.session):
         await rig.session.bell.wait(rig.session.bell.count)

@@ -9,6 +9,7 @@ import pytest
 
 from agent.errors import FailedPrecondition, InvalidArgument
 from agent.migration import Scheme
+from agent.store import Store
 from agent.tracker import choice
 from agent.tracker.choice import choose_scheme, fit_block, make_tracker, remove_stale
 from native.bitmap import MAX_BITMAP_BYTES
@@ -97,8 +98,8 @@ def test_blocks_fit_the_tracker_and_the_bitmap() -> None:
 
 
 def test_trackers_are_made_by_scheme(disk: BlockDevice, file: BlockDevice, tmp_path: Path) -> None:
-    assert make_tracker(Scheme.SCAN, file, 65536, tmp_path).scheme == "scan"
-    assert make_tracker(Scheme.EBPF, disk, 4096, tmp_path).scheme == "ebpf"
+    assert make_tracker(Scheme.SCAN, file, 65536, tmp_path, Store(None)).scheme == "scan"
+    assert make_tracker(Scheme.EBPF, disk, 4096, tmp_path, Store(None)).scheme == "ebpf"
 
 
 def test_stale_pins_are_removed_and_named(pins: Path) -> None:

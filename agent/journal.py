@@ -1,0 +1,141 @@
+"""What the agent must know after its own death: one record a migration and end, in SQLite.
+
+Owns the database in the state directory. A record that was saved is on the disk when `save`
+returns; only then may anybody be told. What the records mean is for `agent.record` to say.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from agent.errors import NotAllowed, ResourceExhausted
+from agent.migration import Role
+
+_log = logging.getLogger(__name__)
+
+VERSION = 1
+NAME = "journal.db"
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS migration (
+    role TEXT NOT NULL, id TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (role, id)
+) STRICT
+"""
+
+
+class Journal:
+    """Records by role and id. Thread-safe; `directory` None keeps nothing."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._lock = threading.Lock()
+        self._database: sqlite3.Connection | None = None
+        if directory is not None:
+            path = directory / NAME
+            try:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._database = _open(path)
+            except (OSError, sqlite3.OperationalError) as error:
+                message = f"the journal {path} cannot be opened ({error}); see --state-dir"
+                raise NotAllowed("STATE_DIR_UNUSABLE", message, path=path) from error
+            except sqlite3.DatabaseError as error:
+                self._database = _open_anew(path, error)
+
+    def save(self, role: Role, name: str, record: dict[str, Any]) -> None:
+        """Make a record durable in place of the one before. ResourceExhausted STATE_DIR_FULL."""
+        with self._writing() as database:
+            database.execute(
+                "INSERT INTO migration VALUES (?, ?, ?) "
+                "ON CONFLICT (role, id) DO UPDATE SET record = excluded.record",
+                (role, name, json.dumps(record)),
+            )
+
+    def remove(self, role: Role, name: str) -> None:
+        """Forget a record, if there is one."""
+        with self._writing() as database:
+            database.execute("DELETE FROM migration WHERE role = ? AND id = ?", (role, name))
+
+    def load(self) -> list[tuple[Role, str, dict[str, Any]]]:
+        """Return all records as they were saved last."""
+        if self._database is None:
+            return []
+        with self._lock:
+            rows = self._database.execute("SELECT role, id, record FROM migration ORDER BY id")
+            return [(Role(role), name, json.loads(record)) for role, name, record in rows]
+
+    def close(self) -> None:
+        """Close the database. Safe to call twice."""
+        with self._lock:
+            if self._database is not None:
+                self._database.close()
+                self._database = None
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        if self._database is None:
+            yield _Nowhere  # type: ignore[misc]
+            return
+        with self._lock:
+            try:
+                with self._database:
+                    yield self._database
+            except sqlite3.Error as error:
+                raise ResourceExhausted(
+                    "STATE_NOT_KEPT",
+                    f"the journal in the state directory cannot be written ({error}); free space "
+                    "there and see whether its disk is well",
+                ) from error
+
+
+class _Nowhere:
+    """Where nothing is kept."""
+
+    @staticmethod
+    def execute(statement: str, values: tuple[str, ...]) -> None:
+        """Keep nothing."""
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, check_same_thread=False)
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")  # a commit survives the loss of power
+        (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(str(found))
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version not in (0, VERSION):
+            raise sqlite3.DatabaseError(f"it is of version {version}, this agent's is {VERSION}")
+        database.execute(_SCHEMA)
+        database.execute(f"PRAGMA user_version = {VERSION}")
+        # Read now: what is damaged shall be known before anything is built on it.
+        for (record,) in database.execute("SELECT record FROM migration"):
+            json.loads(record)
+    except ValueError as error:
+        database.close()
+        raise sqlite3.DatabaseError(str(error)) from error
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _open_anew(path: Path, error: Exception) -> sqlite3.Connection:
+    """Put a damaged journal aside and begin another: the agent must serve all the same."""
+    aside = path.with_name(f"{NAME}.damaged-{time.time_ns()}")
+    path.rename(aside)
+    for suffix in ("-wal", "-shm"):
+        path.with_name(NAME + suffix).unlink(missing_ok=True)
+    _log.error(
+        'journal damaged, begun anew; its migrations are not known any more kept=%s reason="%s"',
+        aside,
+        error,
+    )
+    return _open(path)

@@ -1,0 +1,145 @@
+"""What is written down of a migration, as plain values: there and back. Pure.
+
+Owns the form of the journal's records. Whoever reads one of another form gets a ValueError.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
+
+from agent import errors
+from agent.errors import WarmsyncError
+from agent.estimate import Sample
+from agent.migration import (
+    CarrierKind,
+    DowntimeParts,
+    GuestThrottle,
+    Plan,
+    Progress,
+    Scheme,
+    Volume,
+)
+from agent.state import Entry, State
+
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """A migration at its source. `volumes` of the plan have their sizes.
+
+    `devices` is what each source was (major, minor, disk sequence); `epoch` counts the connections
+    to the target; `releasing`: the fence may be up and the target asked to take over; `opening`:
+    how fast round 0 was.
+    """
+
+    plan: Plan
+    scheme: Scheme
+    scheme_reason: str
+    secret: str
+    epoch: int
+    boot_id: str
+    devices: tuple[tuple[int, int, int], ...]
+    history: tuple[Entry, ...]
+    generation: int
+    progress: Progress
+    releasing: bool = False
+    opening: Sample | None = None
+    error: WarmsyncError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRecord:
+    """A session at its target. `generation` is the last that is durable."""
+
+    plan: Plan
+    secret: str
+    epoch: int
+    history: tuple[Entry, ...]
+    generation: int
+    progress: Progress
+    error: WarmsyncError | None = None
+
+
+def dump(record: SourceRecord | TargetRecord) -> dict[str, Any]:
+    """Return a record as values that JSON knows."""
+    found = asdict(replace(record, error=None))  # an exception cannot be copied
+    found["error"] = None if record.error is None else _dump_error(record.error)
+    return found
+
+
+def load_source(values: dict[str, Any]) -> SourceRecord:
+    """Return a source's record. ValueError."""
+    return _load(SourceRecord, values, scheme=Scheme, devices=_pairs, opening=_opening)
+
+
+def load_target(values: dict[str, Any]) -> TargetRecord:
+    """Return a target's record. ValueError."""
+    return _load(TargetRecord, values)
+
+
+def _load(kind: type[_Record], values: dict[str, Any], **readers: Any) -> _Record:
+    common = {
+        "plan": _plan,
+        "history": _history,
+        "progress": _progress,
+        "error": _error,
+        **readers,
+    }
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    try:
+        found = {
+            name: common[name](value) if name in common else value
+            for name, value in values.items()
+            if name in names
+        }
+        return kind(**found)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a record of another form: {error}") from error
+
+
+def _plan(values: dict[str, Any]) -> Plan:
+    throttle = values["guest_throttle"]
+    known = {
+        **values,
+        "volumes": tuple(Volume(**volume) for volume in values["volumes"]),
+        "scheme": Scheme(values["scheme"]),
+        "carrier": CarrierKind(values["carrier"]),
+        "guest_throttle": None if throttle is None else GuestThrottle(**throttle),
+    }
+    return Plan(**known)
+
+
+def _history(values: list[dict[str, Any]]) -> tuple[Entry, ...]:
+    return tuple(Entry(State(one["state"]), float(one["at_seconds"])) for one in values)
+
+
+def _progress(values: dict[str, Any]) -> Progress:
+    return Progress(**{**values, "downtime_parts": DowntimeParts(**values["downtime_parts"])})
+
+
+def _opening(values: dict[str, Any] | None) -> Sample | None:
+    return None if values is None else Sample(**values)
+
+
+def _pairs(values: list[list[int]]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((int(a), int(b), int(c)) for a, b, c in values)
+
+
+def _dump_error(error: WarmsyncError) -> dict[str, Any]:
+    return {
+        "kind": type(error).__name__,
+        "reason": error.reason,
+        "message": str(error),
+        "values": error.values,
+    }
+
+
+def _error(values: dict[str, Any] | None) -> WarmsyncError | None:
+    if values is None:
+        return None
+    kind = getattr(errors, values["kind"], WarmsyncError)
+    if not (isinstance(kind, type) and issubclass(kind, WarmsyncError)):
+        raise ValueError(f"an error of no known kind: {values['kind']}")
+    return kind(values["reason"], values["message"], **values["values"])

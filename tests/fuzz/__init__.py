@@ -1,0 +1,1 @@
+"""Fuzzing of what strangers can send: libFuzzer under AddressSanitizer. See test_fuzz.py."""
