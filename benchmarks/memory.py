@@ -118,6 +118,7 @@ def _fill_table(device: BlockDevice) -> int:
     """Read everything as for sending; return how many bytes this process grew."""
     scratch, size = AlignedBuffer(MAX_PAYLOAD_BYTES), device.size_bytes()
     tracker = ScanTracker(device)
+    tracker.start()
     try:
         _gather(device, scratch, tracker, 0)  # what the first call needs once is not the table's
         before = _anonymous_bytes()

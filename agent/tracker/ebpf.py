@@ -17,7 +17,7 @@ from agent.tracker import Take, has_mark
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
-from native.ebpf import InFlight, KernelTracker, TrackedRange
+from native.ebpf import InFlight, KernelTracker, TrackedRange, remove
 
 _PROBE_BYTES = 4096
 _PROBE_SECONDS = 5.0
@@ -53,6 +53,7 @@ class EbpfTracker:
         try:
             mount_bpffs(self._pin_dir)
             self._pin_dir.parent.mkdir(parents=True, exist_ok=True)
+            remove(str(self._pin_dir))  # what an agent before us left, if that is not taken up
             self._kernel = KernelTracker.attach(
                 _watch(disk, self._block_size_bytes), str(self._pin_dir)
             )

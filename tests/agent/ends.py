@@ -43,7 +43,9 @@ class FakeCarrier:
     detail = ""
 
     def __init__(self, targets: list[Path]) -> None:
+        self._targets = targets
         self.devices = [BlockDevice(str(path), writable=True) for path in targets]
+        self.durable = 0
         self.events: list[str] = []
         self.frames: list[bytes] = []
         self.before: dict[str, Hook] = {}
@@ -70,12 +72,19 @@ class FakeCarrier:
 
     async def flush(self, generation: int) -> float:
         await self._enter(f"flush {generation}")
+        self.durable = generation
         return self.flush_seconds
 
     async def close(self) -> None:
         self.closed = True
         for device in self.devices:
             device.close()
+
+    def reopen(self) -> None:
+        """Serve a source that has come back."""
+        if self.closed:
+            self.devices = [BlockDevice(str(path), writable=True) for path in self._targets]
+            self.closed, self.failure = False, None
 
     def hold(self, event: str) -> asyncio.Event:
         """Let the next `event` wait until the returned gate is set."""
@@ -108,7 +117,7 @@ class FakePeer:
         self.gates: dict[str, asyncio.Event] = {}
         self.before: dict[str, Hook] = {}
         self.heard = Bell()
-        self.resumed = Resumed(0, released=False)
+        self.released = False
 
     async def open_session(self, request: SessionRequest) -> str:
         self.requests.append(request)
@@ -117,10 +126,11 @@ class FakePeer:
 
     async def resume(self, secret: str, epoch: int) -> Resumed:
         await self._answer("resume", f"resume {epoch}")
-        return self.resumed
+        return Resumed(self.carrier.durable, self.released)
 
     async def open_carrier(self, token: str, request: CarrierRequest) -> Carrier:
         await self._answer("open_carrier")
+        self.carrier.reopen()
         return self.carrier
 
     async def digests(self, token: str, volume: int) -> AsyncIterator[tuple[int, bytes]]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from agent.brake import Brake
-from agent.errors import FailedPrecondition, Unavailable
+from agent.errors import DataLoss, FailedPrecondition, Unavailable
 from agent.guest import Guest
 from agent.migration import GuestThrottle, Plan
 from agent.rounds import Convergence, Verdict
@@ -285,7 +285,7 @@ def test_cancelled(end: Source, brake: FakeBrake) -> None:
 @pytest.mark.usefixtures("stalled")
 def test_failed(end: Source, brake: FakeBrake) -> None:
     async def steps(migration: SourceMigration) -> None:
-        end.carrier.failure = Unavailable("PEER_LOST", "the network went away")
+        end.carrier.failure = DataLoss("ODD", "something that nothing mends")
         await until(migration.bell, lambda: migration.state is State.FAILED)
         assert migration._task is not None
         await migration._task

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 from array import array
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -80,7 +81,9 @@ async def rig(kind: str, directory: Path, targets: list[Path]) -> AsyncIterator[
     """Start the agent, open a session for `targets` of SIZE bytes each; all ends with the block."""
     allowed = tuple(str(path) for path in targets)
     config = AgentConfig(
-        state_dir=str(directory / "state"), bpffs_dir=str(directory), allow_devices=allowed
+        state_dir=tempfile.mkdtemp(prefix="state-", dir=directory),
+        bpffs_dir=str(directory),
+        allow_devices=allowed,
     )
     registry = Registry(config, _no_peer)
     service = Service("warmsync.v1.PeerService", lambda s: register(PeerServicer(registry), s))

@@ -104,10 +104,11 @@ def test_a_failed_attach_leaves_nothing(
     with BlockDevice(loop_device(SIZE).path) as device:
         tracker = ebpf.EbpfTracker(device, 4096, pins / "there")
         (pins / "there").mkdir()
+        (pins / "there/of another").mkdir()
         with pytest.raises(FailedPrecondition, match="warmsync doctor") as caught:
             tracker.start()
         assert caught.value.reason == "TRACKER_FAILED"
-        assert list((pins / "there").iterdir()) == []
+        assert [path.name for path in (pins / "there").iterdir()] == ["of another"]
         tracker.stop()
 
 

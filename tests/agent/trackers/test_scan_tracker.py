@@ -101,6 +101,7 @@ def test_a_larger_block_than_a_chunk(subject: Subject) -> None:
 def test_reading_may_fail_and_says_so(resources: object) -> None:
     with devices.faulty_device(4 * MIB) as faulty, BlockDevice(faulty.path) as device:
         tracker = ScanTracker(device)
+        tracker.start()
         marks = DirtyBitmap(4 * MIB, CHUNK_BYTES)
         with faulty.failing("pread"), pytest.raises(OSError, match="read"):
             tracker.take(marks)
@@ -115,6 +116,7 @@ def test_holes_are_neither_read_nor_remembered(image_file: Callable[..., Path]) 
         file.write(b"d" * MIB)
     with BlockDevice(str(path)) as device:
         tracker = ScanTracker(device)
+        tracker.start()
         before_bytes, before_memory = bytes_read(), resident(tracker.digests)
         assert tracker.look() == MIB
         assert bytes_read() - before_bytes < 16 * MIB
@@ -131,6 +133,7 @@ def test_the_table_costs_16_bytes_a_chunk_of_data(image_file: Callable[..., Path
             file.write(b"\x01" * MIB)
     with BlockDevice(str(path)) as device:
         subject = Subject(str(path), 512, CHUNK_BYTES, device, ScanTracker(device))
+        subject.tracker.start()
         table = subject.tracker.digests
         assert isinstance(table, mmap.mmap)
         before = resident(table)
