@@ -140,6 +140,7 @@ class SourceMigration:
         if record.releasing:
             self._cutover = self._make_cutover(time.monotonic())
             self._cutover.fencing = self._cutover.releasing = True
+            self._cutover.done.cancel()  # nobody waits for it any more
             self._refusal = unknown_owner(self._prepared.peer.address)
 
     @property
@@ -370,15 +371,23 @@ class SourceMigration:
             await self._reopen()
             return
         if resumed.released:
-            if not self._is_releasing:
-                raise unknown_owner(self._prepared.peer.address)
-            await self._own_no_more()
+            await self._hear_of_release()
             return
         if resumed.generation < self._sender.generation:
             await self._forget_target("the target has lost rounds that it had acknowledged")
         self._sender.agree(resumed.generation)
-        if self.state is State.CUTTING_OVER:
+        if self.state is State.CUTTING_OVER and not self._wants_cutover:
             await self._stay_owner()
+
+    async def _hear_of_release(self) -> None:
+        if not self._is_releasing:
+            # By whom? Not by us: what was written since is not there. A person has to decide.
+            await self._sender.on_disks(SourceDisk.fence)
+            self._cutover = self._make_cutover(time.monotonic())
+            self._cutover.fencing = self._cutover.releasing = True
+            self._cutover.done.cancel()
+            raise unknown_owner(self._prepared.peer.address)
+        await self._own_no_more()
 
     async def _reopen(self) -> None:
         """The target knows nothing of us: claim its devices again, and believe nothing."""
@@ -437,7 +446,7 @@ class SourceMigration:
             self._lost_at, self._lost_generation = None, self._sender.generation
         self._lost_at = self._lost_at or now
         passing = isinstance(error, Unavailable) or error.reason in _PASSING
-        owner_unknown = self._is_releasing and error.reason == "OWNER_UNKNOWN"
+        owner_unknown = self.state is State.CUTTING_OVER and error.reason == "OWNER_UNKNOWN"
         lasting = now - self._lost_at > RETRY_FOR_SECONDS and not self._is_releasing
         if lasting or not (passing or owner_unknown):
             raise error

@@ -33,11 +33,11 @@ class Field:
     def __init__(self, plan: Schedule, directory: Path, pins: Path, stack: ExitStack) -> None:
         self.plan = plan
         self._directory, self._pins, self._stack = directory, pins, stack
-        self._agents = stack.enter_context(ExitStack())
         authority = Authority(directory / "ca")
         self._flags = {name: authority.flags(name) for name in ("source", "target", "client")}
         self.faulty: devices.FaultyDevice | None = None
         self.volumes = [self._volume(i) for i in range(len(plan.sources))]
+        self._agents = stack.enter_context(ExitStack())  # ends before its devices
         self.source = self._start("source", "127.0.0.1:0")
         self.target = self._start("target", "127.0.0.1:0")
         port = int(self.target.address.rpartition(":")[2])
@@ -80,6 +80,8 @@ class Field:
         """Let the writers begin."""
         options = (*WRITERS[self.plan.writer], "--rate=4m,4m,4m", "--time_based", "--runtime=900")
         for path, _ in self.volumes:
+            if self.plan.writer == "verify":  # every block is to have its header
+                guest.finish(guest.fio(path, "--rw=write", *WRITERS["verify"][1:]))
             size = disks.size_of(path) // 4096 * 4096
             limit = () if self.plan.writer == "verify" else (f"--size={size}",)
             writer = guest.boot(path, *options, *limit, f"--randseed={self.plan.seed}")
@@ -198,19 +200,19 @@ class Field:
                 raise BreachError(f"hangs: not {states} within {SECONDS:.0f} s: {shown}")
             time.sleep(0.05)
 
-    def cut_over(self, name: str) -> Shown:
-        """Ask for the cutover, and strike a moment later."""
+    def cut_over(self, name: str, *, strikes: bool) -> Shown:
+        """Ask for the cutover, and perhaps strike a moment later."""
         plan = self.plan
         asking = self.source.start("cutover", name, "--force")
-        time.sleep(plan.cutover_delay_seconds)
-        if plan.cutover_fault != "none":
+        if strikes and plan.cutover_fault != "none":
+            time.sleep(plan.cutover_delay_seconds)
             self.strike(Fault(plan.cutover_fault, 0.0, 1.0), name)
         with suppress(subprocess.TimeoutExpired):
             asking.communicate(timeout=SECONDS)
         asking.kill()
         asking.communicate()
         self.proxy.heal()
-        return self.wait(name, "CUT_OVER", "SYNCING", "CONVERGED", *ENDED)
+        return self.wait(name, "CUT_OVER", "CONVERGED", *ENDED)
 
     def judge(self, name: str, shown: Shown) -> str:
         """Hold what is against what was promised; returns how it ended."""
@@ -261,10 +263,10 @@ def play(plan: Schedule, directory: Path, pins: Path) -> str:
         ground.ask(ground.source, "update", name, "--bandwidth-limit", "0")
         shown = ground.wait(name, "CONVERGED", *ENDED)
         ground.power_off()
-        for _ in range(4):
+        for attempt in range(4):
             if shown["state"] in ENDED or shown["state"] == "CUT_OVER":
                 break
-            shown = ground.cut_over(name)
+            shown = ground.cut_over(name, strikes=attempt == 0)
         return _end(ground, name, shown)
 
 
