@@ -230,6 +230,7 @@ class SourceMigration:
     def pause(self) -> None:
         """Stop reading and sending; tracking goes on."""
         self._move(Event.PAUSE)
+        self._refusal = None  # a pause with a reason is one of our own
         self._sender.pause()
         self._guest.let_go()
         self._stir()

@@ -471,6 +471,7 @@ class TargetSession:
             self._inlet.stop()
         for device in self._devices:
             device.close()
+        self._devices = []  # no stream may begin any more
 
     def _move(self, *events: Event) -> None:
         """Move, and write it down: only then may it be told. Not written down, it is undone."""

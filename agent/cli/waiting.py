@@ -56,7 +56,7 @@ async def wait_for(
                     display.update(newest)
                     if newest.state in wanted:
                         return newest
-                    if newest.state in ENDED:
+                    if newest.state in ENDED or _needs_a_person(newest):
                         break
         except TimeoutError as error:
             raise _timed_out(newest, timeout_seconds) from error
@@ -67,12 +67,19 @@ def ending(migration: pb.Migration) -> WarmsyncError:
     """Return why a migration that has ended did not come to where it should."""
     if migration.HasField("error"):
         return from_status(migration.error)
+    if _needs_a_person(migration):
+        return from_status(migration.last_refusal)
     name, state = migration_id(migration), state_name(migration.state)
     if migration.state in ENDED:
         message = f"migration {name} ended in state {state}: start another one"
         return FailedPrecondition(f"MIGRATION_{state}", message, id=name, state=state)
     message = f"the agent stopped reporting on migration {name}: see `warmsync show {name}`"
     return Unavailable("WATCH_ENDED", message, id=name, state=state)
+
+
+def _needs_a_person(migration: pb.Migration) -> bool:
+    """Return whether it has paused by itself, for a reason: it waits for a mend and a resume."""
+    return migration.state == pb.STATE_PAUSED and migration.HasField("last_refusal")
 
 
 def goes_on(name: str) -> str:

@@ -355,9 +355,29 @@ def test_target_disk_full(pair: Pair, volume: tuple[str, str], resources: ExitSt
     image = directory / "disk.img"
     image.touch()
     os.truncate(image, SIZE)
-    _, answer = failed(pair, volumes=[(volume[0], image)], reason="DISK_FULL")
+    name, answer = paused(pair, (volume[0], str(image)), reason="DISK_FULL")
     assert answer.error["values"] == {"path": str(image), "errno": "ENOSPC", "side": "target"}
     assert "free space" in answer.error["message"]
+    devices.run("mount", "-o", f"remount,size={2 * SIZE}", directory)
+    hand_over(pair, name, (volume[0], str(image)))
+
+
+def paused(pair: Pair, volume: tuple[str, str], reason: str) -> tuple[str, Answer]:
+    """Start a migration that pauses for a reason, the source untouched; return its id."""
+    words = pair.migrate(*EASY, "--wait", "converged", "--id", "mended", volumes=[volume])
+    answer = pair.source.refuse(*words, reason=reason)
+    shown = pair.source.show("mended")
+    assert (shown["state"], shown["last_refusal"]["reason"]) == ("PAUSED", reason)
+    disks.assert_writable(volume[0])
+    return "mended", answer
+
+
+def hand_over(pair: Pair, name: str, volume: tuple[str, str]) -> None:
+    """What was in the way is mended: go on to the end."""
+    pair.source.ask("resume", name)
+    pair.source.wait(name, "CONVERGED")
+    assert pair.source.ask("cutover", name)["state"] == "CUT_OVER"
+    disks.assert_equal(*volume)
 
 
 @pytest.mark.parametrize("tracker", ["ebpf", "scan"])
@@ -397,9 +417,9 @@ def test_target_fails(
 ) -> None:
     target = faulty_device(SIZE)
     with target.failing("pwrite", "zero", "trim"):
-        _, answer = failed(pair, volumes=[(volume[0], target.path)], reason="TARGET_IO_ERROR")
+        name, answer = paused(pair, (volume[0], target.path), reason="TARGET_IO_ERROR")
     assert answer.error["values"] == {"path": target.path, "errno": "EIO", "side": "target"}
-    disks.assert_writable(volume[0])
+    hand_over(pair, name, (volume[0], target.path))
 
 
 def test_target_fails_in_the_cutover(
@@ -412,10 +432,10 @@ def test_target_fails_in_the_cutover(
     with target.failing("pwrite", "zero", "trim"):
         disks.soil(volume[0], 3)
         pair.source.ask("resume", name)
-        shown = eventually(lambda: pair.source.show(name), lambda now: now["state"] == "FAILED")
-    assert shown["error"]["reason"] == "TARGET_IO_ERROR"
-    assert_given_up(pair, name)
+        reason = lambda now: (now["last_refusal"] or {}).get("reason")  # noqa: E731
+        eventually(lambda: pair.source.show(name), lambda now: reason(now) == "TARGET_IO_ERROR")
     assert not disks.is_fenced(volume[0])
+    hand_over(pair, name, (volume[0], target.path))
 
 
 def test_agent_unreachable(nobody: str) -> None:

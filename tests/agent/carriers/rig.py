@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import tempfile
 import threading
 from array import array
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
