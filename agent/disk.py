@@ -29,6 +29,7 @@ from agent.tracker import Take, Tracker, has_mark
 from agent.tracker.choice import fit_block, make_tracker
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
+from native.chunk import CHUNK_BYTES, DIGEST_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -132,6 +133,15 @@ class SourceDisk:
             return status.st_dev, status.st_ino, 0
         disk = disk_range(status.st_rdev)
         return os.major(status.st_rdev), os.minor(status.st_rdev), disk.disk_sequence
+
+    def believe(self, offset_bytes: int, length_bytes: int, digests: bytes) -> None:
+        """The target holds the same in this range of whole chunks, as was just read."""
+        self._chosen = None
+        table = self.tracker.digests
+        if table is not None:
+            at = offset_bytes // CHUNK_BYTES * DIGEST_BYTES
+            memoryview(table)[at : at + len(digests)] = digests
+        self.pending.clear_range(offset_bytes, length_bytes)
 
     def forget_target(self) -> None:
         """Nothing is known any more of what the target holds: all is to be sent."""

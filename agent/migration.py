@@ -94,6 +94,7 @@ class Plan:
     carrier: CarrierKind = CarrierKind.AUTO
     compress: bool = False
     guest_throttle: GuestThrottle | None = None
+    reuse_target: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class Progress:
     trouble: str = ""
     resumes: int = 0
     resumed_saved_bytes: int = 0
+    reconciled_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,9 @@ from native.frame import MAX_PAYLOAD_BYTES
 
 _log = logging.getLogger(__name__)
 
+MAX_ENDED = 1000
+"""Migrations that have ended and are remembered; the oldest are forgotten."""
+
 Source: TypeAlias = SourceMigration | Ended
 End: TypeAlias = Source | TargetSession
 
@@ -504,9 +507,15 @@ class Registry:
 
     def _tidy(self) -> None:
         """Give back the devices of migrations that have ended."""
-        for end in self.all():
-            if end.state.is_terminal:
-                self._taken.pop((end.snapshot().role, end.id), None)
+        ended = [end for end in self.all() if end.state.is_terminal]
+        snapshots = sorted(
+            (end.snapshot() for end in ended), key=lambda one: one.history[-1].at_seconds
+        )
+        for one in snapshots:
+            self._taken.pop((one.role, one.plan.id), None)
+        for one in snapshots[: max(len(snapshots) - MAX_ENDED, 0)]:
+            self._journal.remove(one.role, one.plan.id)
+            (self._sources if one.role is Role.SOURCE else self._targets).pop(one.plan.id)
 
 
 def _stopping() -> Unavailable:

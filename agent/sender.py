@@ -64,6 +64,7 @@ class Taken:
     seconds: float
     since_seconds: float
     at_seconds: float
+    suspect: bool = False
 
 
 class Sender:
@@ -184,7 +185,7 @@ class Sender:
         for disk, take in zip(self.disks, takes, strict=True):
             if take.suspect:
                 _log.warning(
-                    'volume suspect, all of it is sent again path=%s reason="%s"',
+                    'volume suspect path=%s reason="%s"',
                     disk.volume.source,
                     take.suspect,
                 )
@@ -194,13 +195,16 @@ class Sender:
         now = time.monotonic()
         self.note(dirty_bytes=dirty)
         marked = min(sum(take.marked_bytes for take in takes), dirty)
-        return Taken(dirty, marked, now - started, since, now)
+        suspect = any(take.suspect for take in takes)
+        return Taken(dirty, marked, now - started, since, now, suspect)
 
     async def send_seed(self, taken: Taken) -> RoundReport:
         """Send all that is pending, holes among it without being read, in windows.
 
         Each window is durable before the next begins, and is not sent again if an agent ends then.
         """
+        if not taken.dirty_bytes:
+            taken = replace(taken, dirty_bytes=self._send_a_little())
         self._begin_round(taken.dirty_bytes)
         mapping = asyncio.ensure_future(self.on_disks(SourceDisk.map_data))
         report = _NOTHING
@@ -254,6 +258,12 @@ class Sender:
         """End the stream. Safe to call twice."""
         if self._carrier is not None:
             await self._carrier.close()
+
+    def _send_a_little(self) -> int:
+        """Mark the first MiB: without a round nothing is known of the link."""
+        pending = self.disks[0].pending
+        pending.set_range(0, min(1 << 20, pending.size_bytes))
+        return pending.count_bytes()
 
     def _windows(self) -> Iterator[tuple[int, int]]:
         largest = max(disk.volume.size_bytes for disk in self.disks)

@@ -38,6 +38,7 @@ from agent.migration import (
 )
 from agent.migration import Event as Entered
 from agent.peer import Peer, SessionRequest, session_token
+from agent.reconcile import reconcile
 from agent.record import SourceRecord, dump
 from agent.rounds import Convergence, Verdict, sample_of
 from agent.sender import Sender, Workshop
@@ -55,6 +56,9 @@ FIRST_RETRY_SECONDS = 0.2
 MAX_RETRY_SECONDS = 10.0
 RETRY_FOR_SECONDS = 3600.0
 """How long a lost target is tried again without a round that became durable."""
+
+SOURCE_TRIES = 3
+"""How often a source that cannot be read is tried, without a round in between, before the end."""
 
 _PASSING = frozenset(
     {"BAD_FRAME", "FRAMES_MISSING", "WRONG_GENERATION", "SESSION_NOT_FOUND", "SESSION_NOT_OPEN"}
@@ -94,8 +98,11 @@ class SourceMigration:
         self._epoch = 1
         self._opening: Sample | None = None
         self._tried = 0
+        # Whether to compare with the target before anything is sent.
+        self._doubts = plan.reuse_target or bool(prepared.suspect)
         self._lost_at: float | None = None
         self._lost_generation = 0
+        self._source_errors = 0
         self._prepared = prepared
         self._plan = replace(plan, volumes=tuple(disk.volume for disk in prepared.disks))
         self._workshop = workshop
@@ -401,7 +408,8 @@ class SourceMigration:
         self.write_down()
 
     async def _forget_target(self, reason: str) -> None:
-        _log.warning('all is sent again id=%s reason="%s"', self.id, reason)
+        _log.warning('the target is compared id=%s reason="%s"', self.id, reason)
+        self._doubts = True
         await self._sender.on_disks(SourceDisk.forget_target)
         count = self._sender.progress.suspect_volumes + len(self._sender.disks)
         self._sender.note(suspect_volumes=count)
@@ -422,7 +430,23 @@ class SourceMigration:
         if self._wants_cutover and self._cutover is not None:
             self._cutover.done.set_result(None)
 
+    async def _compare(self) -> None:
+        """Compare with the target; what is found equal is not sent. With `_at_rest`."""
+        sender, prepared = self._sender, self._prepared
+        before = sender.progress.reconciled_bytes
+        sender.note(round_bytes=sender.progress.total_bytes, round_done_bytes=0)
+        steps = reconcile(sender, self._workshop, prepared.peer, self._token)
+        equal = 0
+        async for compared, equal in steps:
+            sender.note(round_done_bytes=compared, reconciled_bytes=before + equal)
+        _log.info("compared with the target id=%s equal_bytes=%s", self.id, equal)
+        self._doubts = False
+
     async def _carry(self) -> None:
+        await self._sender.wait_until_running()
+        if self._doubts:
+            async with self._at_rest:
+                await self._compare()
         await self._seed()
         while self.state is not State.CUT_OVER:
             await self._rest()
@@ -445,8 +469,12 @@ class SourceMigration:
             return
         if self._lost_generation != self._sender.generation:  # it has come further since
             self._lost_at, self._lost_generation = None, self._sender.generation
+            self._source_errors = 0
         self._lost_at = self._lost_at or now
         passing = isinstance(error, Unavailable) or error.reason in _PASSING
+        if error.reason == "SOURCE_IO_ERROR":  # its blocks are still pending
+            self._source_errors += 1
+            passing = self._source_errors < SOURCE_TRIES
         owner_unknown = self.state is State.CUTTING_OVER and error.reason == "OWNER_UNKNOWN"
         lasting = now - self._lost_at > RETRY_FOR_SECONDS and not self._is_releasing
         if lasting or not (passing or owner_unknown):
@@ -466,7 +494,7 @@ class SourceMigration:
     async def _back_off(self, error: WarmsyncError, lost_seconds: float) -> None:
         wait = min(max(lost_seconds, FIRST_RETRY_SECONDS), MAX_RETRY_SECONDS)
         _log.warning(
-            'target lost, tried again in %.1f s id=%s reason=%s message="%s"',
+            'tried again in %.1f s id=%s reason=%s message="%s"',
             wait,
             self.id,
             error.reason,
@@ -506,6 +534,9 @@ class SourceMigration:
     async def _sync(self) -> None:
         # With the flush, so that what the host's page cache holds counts in the prediction.
         taken = await self._sender.take(flush=True)
+        if taken.suspect:
+            await self._compare()
+            return
         verdict = self._convergence.look(
             taken.dirty_bytes,
             taken.at_seconds,

@@ -373,10 +373,13 @@ class TargetSession:
         """Iterate (offset, chunk digests) over a volume, read from the device itself."""
         if volume >= len(self._plan.volumes):
             raise InvalidArgument("NO_SUCH_VOLUME", f"there is no volume {volume}", volume=volume)
-        if self.state not in (State.SYNCING, State.CUT_OVER, State.COMPLETED):
+        if self.state in (State.FAILED, State.CANCELLED, State.ROLLED_BACK):
             raise FailedPrecondition(
                 "NOT_COMPARABLE", f"the target is {self.state}; nothing to compare", id=self.id
             )
+        if self._devices and not self.state.is_terminal:
+            # What is found equal counts as durable from then on.
+            await self._writer.flush()
         async for item in self._digests(volume):
             yield item
 

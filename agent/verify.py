@@ -37,7 +37,7 @@ async def compare_ends(
         own = read_digests(disk.device, size, workshop.pool, workshop.threads)
         try:
             async for offset, theirs in peer.digests(token, volume):
-                ours = await _next(own, offset)
+                ours = await next_digests(own, offset)
                 for chunk in _differing(ours, theirs):
                     found = await _judge(found, workshop, disk, offset + chunk, settled=settled)
                 compared = min(len(ours) // DIGEST_BYTES * CHUNK_BYTES, size - offset)
@@ -54,7 +54,8 @@ async def compare_ends(
     yield replace(found, done=True)
 
 
-async def _next(own: AsyncGenerator[tuple[int, bytes], None], expected: int) -> bytes:
+async def next_digests(own: AsyncGenerator[tuple[int, bytes], None], expected: int) -> bytes:
+    """Return our digests of where the target's are from. DIGESTS_MISSING, SOURCE_IO_ERROR."""
     try:
         offset, digests = await anext(own)
     except OSError as error:

@@ -67,6 +67,7 @@ def describe(migration: Migration) -> dict[str, Any]:
         "block_size_bytes": migration.block_size_bytes,
         "max_downtime_seconds": migration.max_downtime_seconds,
         "bandwidth_limit_bytes_per_second": migration.bandwidth_limit_bytes_per_second,
+        "reuse_target": migration.reuse_target,
         "guest_throttle": _guest_throttle(migration),
         "incomplete": migration.incomplete,
         "error": _status(migration, "error"),
@@ -102,6 +103,7 @@ def _progress(migration: Migration) -> dict[str, Any]:
         "trouble": progress.trouble,
         "resumes": progress.resumes,
         "resumed_saved_bytes": progress.resumed_saved_bytes,
+        "reconciled_bytes": progress.reconciled_bytes,
     }
 
 
@@ -184,10 +186,12 @@ def _measurements(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if shown["resumes"]:
         saved = format_bytes(shown["resumed_saved_bytes"])
         yield "Resumed", f"{shown['resumes']} times; the last saved sending {saved} again"
+    if shown["reconciled_bytes"]:
+        yield "Reconciled", f"{format_bytes(shown['reconciled_bytes'])} were equal and not sent"
     if shown["trouble"]:
         yield "Trouble", shown["trouble"]
     if shown["suspect_volumes"]:
-        yield "Suspect", f"{shown['suspect_volumes']} times a volume had to be sent again"
+        yield "Suspect", f"{shown['suspect_volumes']} times nobody knew what differs"
 
 
 def _downtime(shown: dict[str, Any]) -> str:

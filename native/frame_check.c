@@ -45,7 +45,7 @@ struct ws_frame_extent ws_frame_entry(const uint8_t *frame, size_t i) {
 
 int ws_frame_check_header(const struct ws_frame_header *header, uint16_t kind, bool packing,
                           struct ws_fault *fault) {
-    uint32_t magic, flags = packing ? header->flags & ~WS_FRAME_ZSTD : header->flags;
+    uint32_t magic, flags = header->flags;
     memcpy(&magic, header->magic, sizeof(magic));
     if (memcmp(header->magic, "WSF1", 4) != 0)
         return wrong(fault, -1, "magic", magic, "not", 0x31465357);
@@ -53,6 +53,8 @@ int ws_frame_check_header(const struct ws_frame_header *header, uint16_t kind, b
         return wrong(fault, -1, "version", header->version, "not", WS_FRAME_VERSION);
     if (header->kind != kind)
         return wrong(fault, -1, "kind", header->kind, "not", kind);
+    if (packing)
+        flags &= ~(WS_FRAME_ZSTD | WS_FRAME_QUIET);
     if (flags != 0)
         return wrong(fault, -1, "flags", header->flags, "not", 0);
     if (header->extent_count > WS_FRAME_MAX_EXTENTS)
@@ -61,9 +63,9 @@ int ws_frame_check_header(const struct ws_frame_header *header, uint16_t kind, b
     if (header->payload_bytes > WS_FRAME_MAX_PAYLOAD)
         return wrong(fault, -1, "payload length", header->payload_bytes, "more than",
                      WS_FRAME_MAX_PAYLOAD);
-    if (header->flags == 0 && header->packed_bytes != 0)
+    if (!(header->flags & WS_FRAME_ZSTD) && header->packed_bytes != 0)
         return wrong(fault, -1, "packed length", header->packed_bytes, "not", 0);
-    if (header->flags != 0 && header->packed_bytes >= header->payload_bytes)
+    if ((header->flags & WS_FRAME_ZSTD) && header->packed_bytes >= header->payload_bytes)
         return wrong(fault, -1, "packed length", header->packed_bytes, "not less than",
                      header->payload_bytes);
     if (kind != WS_FRAME_EXTENTS && (header->extent_count | header->payload_bytes) != 0)

@@ -113,6 +113,9 @@ size_t ws_pace_slice(struct ws_pace *pace);
 
 uint64_t ws_now_ns(void);
 
+/* Change this thread's niceness, if it is another; returns the one that was wanted. */
+int ws_be_nice(int now, int wanted);
+
 /* ---- stream_pack.c: compression that stops where it does not pay ---- */
 
 struct ws_packer; /* of one connection */

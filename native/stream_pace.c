@@ -1,13 +1,25 @@
 /* A token bucket that can be changed, paused and ended while it is being waited for. */
+#define _GNU_SOURCE
 #include "stream_impl.h"
 
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 /* A debt of so much time is let go at once: shorter waits would only cost wake-ups. */
 #define BURST_SECONDS 0.02
 #define SLICE_BYTES ((size_t)256 << 10)
 #define LEAST_SLICE_BYTES ((size_t)4 << 10)
 #define SLICES_A_SECOND 50
+
+/* Threads have their own niceness on Linux (setpriority(2), "C library/kernel differences"). Where
+ * it may not be lowered again it stays: slower, not wrong. */
+int ws_be_nice(int now, int wanted) {
+    if (now != wanted)
+        (void)setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), wanted);
+    return wanted;
+}
 
 uint64_t ws_now_ns(void) {
     struct timespec now;

@@ -7,9 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #define BATCH_EXTENTS 1024u
 #define MIN_ZERO_BYTES 65536u
@@ -270,7 +267,7 @@ static int send_parts(struct lane *lane, struct ws_frame_header *head, size_t co
         packed_bytes =
             ws_pack(lane->packer, lane->parts + 2, count - 2, head->payload_bytes, &packed);
     if (packed_bytes > 0) {
-        head->flags = WS_FRAME_ZSTD;
+        head->flags |= WS_FRAME_ZSTD;
         head->packed_bytes = packed_bytes;
         lane->sender->packed_frames++;
     }
@@ -315,7 +312,8 @@ static int send_batch(struct lane *lane, struct round *round, uint32_t index, si
                                    .extent_count = plan.count,
                                    .generation = round->generation,
                                    .sequence = ++lane->sender->sequence,
-                                   .payload_bytes = plan.payload_bytes};
+                                   .payload_bytes = plan.payload_bytes,
+                                   .flags = lane->nice > 0 ? WS_FRAME_QUIET : 0};
     lane->parts[1] = (struct ws_part){lane->table, plan.count * sizeof(*plan.table)};
     if (send_parts(lane, &head, list_parts(lane, &plan), &loss) != 0) {
         give_up(round, WS_LOST, &loss);
@@ -325,20 +323,11 @@ static int send_batch(struct lane *lane, struct round *round, uint32_t index, si
     return 0;
 }
 
-/* Threads have their own niceness on Linux (setpriority(2), "C library/kernel differences"). Where
- * it may not be lowered again it stays: slower, not wrong. */
-static void be_nice(struct lane *lane) {
-    int nice = lane->sender->nice;
-    if (nice != lane->nice)
-        (void)setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), nice);
-    lane->nice = nice;
-}
-
 static void run_lane(struct lane *lane, struct round *round) {
     lane->nice = 0;
     for (;;) {
         uint32_t volume = 0;
-        be_nice(lane);
+        lane->nice = ws_be_nice(lane->nice, lane->sender->nice);
         ws_pace_spend(&lane->sender->pace, 0);
         if (lane->sender->stopping)
             give_up(round, WS_STOPPED, NULL);

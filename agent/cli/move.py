@@ -77,6 +77,11 @@ COMPRESSIONS = {"none": pb.COMPRESSION_NONE, "zstd": pb.COMPRESSION_ZSTD}
     help="zstd, for slow links: frames that gain time by it are compressed (carrier tcp).",
 )
 @click.option(
+    "--reuse-target",
+    is_flag=True,
+    help="The target holds an older copy: compare first, and send only what differs.",
+)
+@click.option(
     "--guest-cgroup",
     default=None,
     metavar="DIR",
@@ -163,6 +168,7 @@ def _message(
     block_size: int | None,
     carrier: str,
     compression: str,
+    reuse_target: bool,
     guest_cgroup: str | None,
     guest_least_rate: int | None,
 ) -> pb.Migration:
@@ -180,6 +186,7 @@ def _message(
         block_size_bytes=block_size or 0,
         carrier=CARRIERS[carrier],
         compression=COMPRESSIONS[compression],
+        reuse_target=reuse_target,
         guest_throttle=_guest_throttle(guest_cgroup, guest_least_rate),
     )
 

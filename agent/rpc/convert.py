@@ -78,6 +78,7 @@ def to_plan(request: migration_service_pb2.CreateMigrationRequest, chosen_id: st
         else DEFAULT_DOWNTIME_SECONDS,
         limit_bytes_per_second=wanted.bandwidth_limit_bytes_per_second,
         carrier=carrier,
+        reuse_target=wanted.reuse_target,
         compress=wanted.compression == migration_pb2.COMPRESSION_ZSTD,
         guest_throttle=_to_throttle(wanted.guest_throttle)
         if wanted.HasField("guest_throttle")
@@ -108,6 +109,7 @@ def to_message(migration: Migration) -> migration_pb2.Migration:
         update_time=history[-1].time,
         incomplete=migration.incomplete,
         carrier_detail=migration.carrier_detail,
+        reuse_target=plan.reuse_target,
         compression=migration_pb2.COMPRESSION_ZSTD
         if plan.compress
         else migration_pb2.COMPRESSION_NONE,
@@ -162,6 +164,7 @@ def _progress(progress: Progress) -> migration_pb2.Progress:
         trouble=progress.trouble,
         resumes=progress.resumes,
         resumed_saved_bytes=progress.resumed_saved_bytes,
+        reconciled_bytes=progress.reconciled_bytes,
     )
     if progress.downtime_seconds is not None:
         message.downtime_parts.CopyFrom(

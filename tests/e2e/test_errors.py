@@ -432,8 +432,8 @@ def test_target_fails_in_the_cutover(
     with target.failing("pwrite", "zero", "trim"):
         disks.soil(volume[0], 3)
         pair.source.ask("resume", name)
-        reason = lambda now: (now["last_refusal"] or {}).get("reason")  # noqa: E731
-        eventually(lambda: pair.source.show(name), lambda now: reason(now) == "TARGET_IO_ERROR")
+        shown = eventually(lambda: pair.source.show(name), lambda now: bool(now["last_refusal"]))
+        assert shown["last_refusal"]["reason"] == "TARGET_IO_ERROR"
     assert not disks.is_fenced(volume[0])
     hand_over(pair, name, (volume[0], target.path))
 
