@@ -67,8 +67,7 @@ class Journal:
         if self._database is None:
             return []
         with self._lock:
-            rows = self._database.execute("SELECT role, id, record FROM migration ORDER BY id")
-            return [(Role(role), name, json.loads(record)) for role, name, record in rows]
+            return _read(self._database)
 
     def close(self) -> None:
         """Close the database. Safe to call twice."""
@@ -102,8 +101,18 @@ class _Nowhere:
         """Keep nothing."""
 
 
+def _read(database: sqlite3.Connection) -> list[tuple[Role, str, dict[str, Any]]]:
+    """Return all records. ValueError for one that is none."""
+    rows = database.execute("SELECT role, id, record FROM migration ORDER BY id")
+    found = [(Role(role), str(name), json.loads(record)) for role, name, record in rows]
+    if not all(isinstance(values, dict) for _, _, values in found):
+        raise ValueError("a record is no object")
+    return found
+
+
 def _open(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, check_same_thread=False)
+    database.text_factory = bytes.decode  # a ValueError where the default is an OperationalError
     try:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")  # a commit survives the loss of power
@@ -116,8 +125,7 @@ def _open(path: Path) -> sqlite3.Connection:
         database.execute(_SCHEMA)
         database.execute(f"PRAGMA user_version = {VERSION}")
         # Read now: what is damaged shall be known before anything is built on it.
-        for (record,) in database.execute("SELECT record FROM migration"):
-            json.loads(record)
+        _read(database)
     except ValueError as error:
         database.close()
         raise sqlite3.DatabaseError(str(error)) from error

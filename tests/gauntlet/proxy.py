@@ -25,9 +25,10 @@ class Proxy:
         self._back.set()
         self._garbled = 0
         self._delay_seconds = 0.0
+        self._threads: set[threading.Thread] = set()
         self._listeners = [socket.create_server((listen, port)) for port in ports]
         for listener, port in zip(self._listeners, ports, strict=True):
-            threading.Thread(target=self._accept, args=(listener, port), daemon=True).start()
+            self._run(self._accept, listener, port)
 
     def cut(self) -> None:
         """Cut all connections that there are."""
@@ -66,6 +67,19 @@ class Proxy:
             _shut(listener)
             listener.close()
         self.cut()
+        for thread in list(self._threads):
+            thread.join(10)
+
+    def _run(self, work: Callable[..., None], *arguments: object) -> None:
+        def run() -> None:
+            try:
+                work(*arguments)
+            finally:
+                self._threads.discard(threading.current_thread())
+
+        thread = threading.Thread(target=run, daemon=True)
+        self._threads.add(thread)
+        thread.start()
 
     def _accept(self, listener: socket.socket, port: int) -> None:
         while True:
@@ -80,11 +94,19 @@ class Proxy:
             except OSError:
                 ours.close()
                 continue
-            pair = (ours, theirs)
-            with self._lock:
-                self._pairs.add(pair)
-            self._start(pair, ours, theirs, self._await_open)
-            self._start(pair, theirs, ours, self._await_back)
+            self._run(self._serve, ours, theirs)
+
+    def _serve(self, ours: socket.socket, theirs: socket.socket) -> None:
+        pair = (ours, theirs)
+        with self._lock:
+            self._pairs.add(pair)
+        with ours, theirs:
+            back = threading.Thread(
+                target=self._pump, args=(pair, theirs, ours, self._await_back), daemon=True
+            )
+            back.start()
+            self._pump(pair, ours, theirs, self._await_open)
+            back.join()
 
     def _await_open(self) -> None:
         self._open.wait()
@@ -92,16 +114,6 @@ class Proxy:
     def _await_back(self) -> None:
         self._open.wait()
         self._back.wait()
-
-    def _start(
-        self,
-        pair: tuple[socket.socket, socket.socket],
-        source: socket.socket,
-        target: socket.socket,
-        gate: Callable[[], None],
-    ) -> None:
-        work = threading.Thread(target=self._pump, args=(pair, source, target, gate), daemon=True)
-        work.start()
 
     def _pump(
         self,
