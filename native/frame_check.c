@@ -54,7 +54,7 @@ int ws_frame_check_header(const struct ws_frame_header *header, uint16_t kind, b
     if (header->kind != kind)
         return wrong(fault, -1, "kind", header->kind, "not", kind);
     if (packing)
-        flags &= ~(WS_FRAME_ZSTD | WS_FRAME_QUIET);
+        flags &= ~WS_FRAME_ZSTD;
     if (flags != 0)
         return wrong(fault, -1, "flags", header->flags, "not", 0);
     if (header->extent_count > WS_FRAME_MAX_EXTENTS)

@@ -16,10 +16,7 @@
 #define WS_FRAME_END 2 /* of a round; `sequence` frames went before it on this connection */
 #define WS_FRAME_ACK 3 /* the other way: the round is durable; `sequence`: ns of the flush */
 /* Flags. */
-/* On the tcp carrier only: the payload is compressed; the source yields to its guest, so may the
- * target. */
-#define WS_FRAME_ZSTD 1u
-#define WS_FRAME_QUIET 2u
+#define WS_FRAME_ZSTD 1u /* the payload is compressed; on the tcp carrier only */
 #define WS_FRAME_MAX_PAYLOAD (1u << 20)
 #define WS_FRAME_MAX_EXTENTS 4096u
 #define WS_FRAME_MAX_BYTES                                                                         \

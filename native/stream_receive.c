@@ -7,8 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define QUIET_NICE 10 /* as the source's end; nice(7) */
-
 /* What one connection works with: about 1.2 MiB, 3.2 MiB where frames are compressed or unaligned.
  */
 struct lane {
@@ -22,7 +20,6 @@ struct lane {
     struct ws_frame_extent table[WS_FRAME_MAX_EXTENTS];
     struct ws_piece pieces[WS_FRAME_MAX_EXTENTS];
     uint64_t frames;
-    int nice;
     bool first; /* the one that acknowledges */
 };
 
@@ -257,8 +254,6 @@ static int receive_one(struct lane *lane, struct ws_outcome *outcome) {
         return bad_frame(outcome);
     if (kind == WS_FRAME_END)
         return end_round(lane, outcome);
-    /* Other guests run here, and on one host with the source its own. */
-    lane->nice = ws_be_nice(lane->nice, lane->head.flags & WS_FRAME_QUIET ? QUIET_NICE : 0);
     if (receive_rest(lane, outcome) != 0 || check_place(lane, outcome) != 0 ||
         write_frame(lane, outcome) != 0)
         return -1;

@@ -267,7 +267,7 @@ static int send_parts(struct lane *lane, struct ws_frame_header *head, size_t co
         packed_bytes =
             ws_pack(lane->packer, lane->parts + 2, count - 2, head->payload_bytes, &packed);
     if (packed_bytes > 0) {
-        head->flags |= WS_FRAME_ZSTD;
+        head->flags = WS_FRAME_ZSTD;
         head->packed_bytes = packed_bytes;
         lane->sender->packed_frames++;
     }
@@ -312,8 +312,7 @@ static int send_batch(struct lane *lane, struct round *round, uint32_t index, si
                                    .extent_count = plan.count,
                                    .generation = round->generation,
                                    .sequence = ++lane->sender->sequence,
-                                   .payload_bytes = plan.payload_bytes,
-                                   .flags = lane->nice > 0 ? WS_FRAME_QUIET : 0};
+                                   .payload_bytes = plan.payload_bytes};
     lane->parts[1] = (struct ws_part){lane->table, plan.count * sizeof(*plan.table)};
     if (send_parts(lane, &head, list_parts(lane, &plan), &loss) != 0) {
         give_up(round, WS_LOST, &loss);

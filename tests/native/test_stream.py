@@ -425,7 +425,7 @@ def frame(
         (lambda f: f[:8] + bytes([9]) + f[9:], "checksum"),
         (lambda f: f[:12] + b"\xff\xff\xff\x7f" + f[16:], "extent count"),
         (lambda f: f[:32] + b"\xff\xff\xff\x7f" + f[36:], "payload length"),
-        (lambda f: f[:36] + b"\x04" + f[37:], "flags"),
+        (lambda f: f[:36] + b"\x02" + f[37:], "flags"),
         (lambda f: f[:36] + b"\x01" + f[37:40] + b"\xff" * 8 + f[48:], "packed length"),
         (lambda f: f[:36] + b"\x01" + f[37:40] + b"\x10" + bytes(7) + f[48:], "packed length"),
     ],
