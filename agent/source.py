@@ -378,6 +378,10 @@ class SourceMigration:
         except NotFound:
             await self._reopen()
             return
+        except Unavailable as error:
+            if error.reason == "SOURCE_LOST":  # it has given us up: no other try will help
+                raise FailedPrecondition("SOURCE_LOST", str(error)) from error
+            raise
         if resumed.released:
             await self._hear_of_release()
             return

@@ -283,7 +283,8 @@ class TargetSession:
         if self.state is State.SEEDING:
             self._machine.apply(Event.SYNC, time.time())
         # Before it is told: a target that forgets what it has acknowledged is worth nothing.
-        await asyncio.to_thread(self.write_down)
+        # Here and not on a thread: an older state must not be written over a newer one.
+        self.write_down()
         self.bell.ring()
         return seconds
 
@@ -373,7 +374,7 @@ class TargetSession:
         """Iterate (offset, chunk digests) over a volume, read from the device itself."""
         if volume >= len(self._plan.volumes):
             raise InvalidArgument("NO_SUCH_VOLUME", f"there is no volume {volume}", volume=volume)
-        if self.state in (State.FAILED, State.CANCELLED, State.ROLLED_BACK):
+        if self.state in (State.PENDING, State.FAILED, State.CANCELLED, State.ROLLED_BACK):
             raise FailedPrecondition(
                 "NOT_COMPARABLE", f"the target is {self.state}; nothing to compare", id=self.id
             )

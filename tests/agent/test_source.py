@@ -432,6 +432,20 @@ def test_a_target_that_stays_away_is_given_up(end: Source, monkeypatch: pytest.M
     trial(end, steps)
 
 
+def test_a_target_that_has_given_up_is_not_tried_again(end: Source) -> None:
+    end.peer.errors["open_carrier"] = [LOST]
+    end.peer.errors["resume"] = [Unavailable("SOURCE_LOST", "the source sent nothing for a day")]
+
+    async def steps(migration: SourceMigration) -> None:
+        await ended(migration)
+        error = migration.snapshot().error
+        assert error is not None
+        assert error.reason == "SOURCE_LOST"
+        assert_given_up(end)
+
+    trial(end, steps)
+
+
 def test_a_full_target_disk_pauses_until_it_is_mended(end: Source) -> None:
     full = ResourceExhausted("DISK_FULL", "the disk under target is full", side="target")
     end.carrier.before["send"] = lambda: _raise(full)
