@@ -61,9 +61,21 @@ SOURCE_TRIES = 3
 """How often a source that cannot be read is tried, without a round in between, before the end."""
 
 _PASSING = frozenset(
-    {"BAD_FRAME", "FRAMES_MISSING", "WRONG_GENERATION", "SESSION_NOT_FOUND", "SESSION_NOT_OPEN"}
+    {
+        "BAD_FRAME",
+        "BAD_MESSAGE",
+        "CALL_CANCELLED",
+        "FRAMES_MISSING",
+        "MIGRATION_EXISTS",  # the session that was not found: its secret came damaged
+        "PEER_INTERNAL",
+        "PEER_UNKNOWN",
+        "PROTOCOL_ERROR",
+        "SESSION_NOT_FOUND",
+        "SESSION_NOT_OPEN",
+        "WRONG_GENERATION",
+    }
 )
-"""What another connection may mend, beside all that is Unavailable."""
+"""What another connection may mend, beside all that is Unavailable: damage on the way."""
 _MENDABLE = frozenset({"TARGET_IO_ERROR", "DISK_FULL", "STATE_NOT_KEPT", "TARGET_NOT_CLAIMED"})
 """What a person has to mend at the target: the migration pauses."""
 

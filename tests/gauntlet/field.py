@@ -230,7 +230,10 @@ class Field:
             if disks.is_fenced(path):
                 raise BreachError(f"nobody may write: {path} is fenced, the target not released")
             disks.assert_writable(path)
-        return "cancelled" if shown["state"] == "CANCELLED" else "failed"
+        if shown["state"] == "FAILED":
+            print(f"failed: {shown['error']['reason']}: {shown['error']['message']}", flush=True)
+            return "failed"
+        return "cancelled"
 
     def _judge_success(self, shown: Shown, there: str) -> None:
         if there not in ("CUT_OVER", "COMPLETED"):
