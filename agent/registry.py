@@ -242,7 +242,8 @@ class Registry:
                     disk.fence()
                 if owns:
                     same = record.boot_id == boot_id() and record.devices[i] == disk.known_key
-                    suspect = suspect or disk.resume(believed=same)
+                    # Each of them, whatever was found of the others.
+                    suspect = disk.resume(believed=same) or suspect
             request = _request(plan, [disk.source for disk in disks], record.scheme)
             peer = self._connect(plan.peer)
         except BaseException:

@@ -440,7 +440,12 @@ class SourceMigration:
 
     async def _own_no_more(self) -> None:
         self._refusal = None
-        self._move(Event.RELEASE)
+        try:
+            self._move(Event.RELEASE)
+        except ResourceExhausted as full:
+            # It is so all the same; the journal has that the target may own, and the next start asks.
+            self._machine.apply(Event.RELEASE, time.time())
+            _log.error('not written down id=%s reason="%s"', self.id, full)
         async with self._commands:
             await self._stop_sending()
         if self._wants_cutover and self._cutover is not None:

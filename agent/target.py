@@ -46,7 +46,7 @@ ORPHAN_SECONDS = 24 * 3600.0
 
 _PASSING = frozenset({"BAD_FRAME", "FRAMES_MISSING", "WRONG_GENERATION"})
 """Damage on the way: the round is not acknowledged, and comes again over new connections."""
-_MENDABLE = frozenset({"TARGET_IO_ERROR", "DISK_FULL"})
+_MENDABLE = frozenset({"TARGET_IO_ERROR", "DISK_FULL", "STATE_NOT_KEPT"})
 """The disk here: the source pauses, and goes on when it is resumed."""
 
 
@@ -81,6 +81,7 @@ class TargetSession:
         self._stream = 0
         self._streaming = False
         self._writing = 0
+        self._resuming = asyncio.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
         self._deadline: asyncio.TimerHandle | None = None
@@ -176,12 +177,17 @@ class TargetSession:
             raise self._superseded()
         if self._error is not None:
             raise self._error
+        if self.state.is_terminal and self.state is not State.COMPLETED:
+            raise FailedPrecondition("SOURCE_FAILED", f"migration {self.id} is {self.state} here")
         self._epoch = epoch
         self.write_down()
-        if self.state is State.CUT_OVER:
+        if self.state in (State.CUT_OVER, State.COMPLETED):
             return self._generation
-        await self._cut_streams()
-        await self._claim_again()
+        async with self._resuming:
+            if epoch != self._epoch:  # another came while this one waited
+                raise self._superseded()
+            await self._cut_streams()
+            await self._claim_again()
         self._trouble = None
         self._wait_for_source(ORPHAN_SECONDS)
         _log.info("session resumed id=%s epoch=%s generation=%s", self.id, epoch, self._generation)

@@ -204,6 +204,29 @@ def test_a_tracker_that_is_gone_is_not_believed(
     hosts.pair.tidy()
 
 
+def test_each_volume_is_taken_up_whatever_the_first_was(
+    hosts: Hosts, volume: tuple[str, str], loop_device: Callable[..., LoopDevice]
+) -> None:
+    other = loop_device(SIZE).path, loop_device(SIZE).path
+    content.fill(other[0], 3)
+    disks.soil(other[1], 4)
+    words = ("--tracker", "ebpf", "--max-downtime", "20s")
+    name = hosts.pair.start(*words, volumes=[volume, other])
+    hosts.source.wait(name, "CONVERGED")
+    hosts.end("source", signal.SIGKILL)
+    for pin in hosts.source.pins.rglob(f"{name}-0/*"):
+        pin.unlink()
+    for path, seed in ((volume[0], 5), (other[0], 6)):
+        content.fill(path, seed)
+    hosts.start("source")
+    assert hosts.source.show(name)["suspect_volumes"] == 1
+    hosts.source.wait(name, "CONVERGED")
+    assert hosts.source.ask("cutover", name)["state"] == "CUT_OVER"
+    disks.assert_equal(*volume)
+    disks.assert_equal(*other)
+    hosts.pair.tidy()
+
+
 def test_an_agent_that_is_away_is_waited_for(
     hosts: Hosts, volume: tuple[str, str], writer: subprocess.Popen[str]
 ) -> None:
