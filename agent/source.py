@@ -443,7 +443,7 @@ class SourceMigration:
         try:
             self._move(Event.RELEASE)
         except ResourceExhausted as full:
-            # It is so all the same; the journal has that the target may own, and the next start asks.
+            # It is so all the same; the journal has that the target may own: the next start asks.
             self._machine.apply(Event.RELEASE, time.time())
             _log.error('not written down id=%s reason="%s"', self.id, full)
         async with self._commands:
