@@ -21,12 +21,13 @@ ROOT = Path(__file__).parent
 SANITIZE = os.environ.get("WARMSYNC_SANITIZE") == "1"
 CHUNK = ["chunk_impl.c", "chunk_portable.c", "chunk_avx2.c", "chunk_avx512.c"]
 BLOCKIO = ["blockio_impl.c", "blockio_zero.c"]
+BITMAP = ["bitmap_impl.c", "bitmap_runs.c"]
 KERNELS = {
-    "bitmap": ["bitmap_impl.c", "bitmap_runs.c", *CHUNK],
+    "bitmap": [*BITMAP, *CHUNK],
     "chunk": CHUNK,
     "buffer": ["buffer_impl.c"],
     "blockio": ["blockio_open.c", "blockio_data.c", *BLOCKIO],
-    "frame": ["frame_impl.c", "frame_check.c", *BLOCKIO, *CHUNK],
+    "frame": ["frame_impl.c", "frame_check.c", "scan_impl.c", *BITMAP, *BLOCKIO, *CHUNK],
     "stream": [
         *(f"stream_{part}.c" for part in ("conn", "tls", "token", "pace", "pack", "memory")),
         "stream_send.c",
@@ -34,12 +35,12 @@ KERNELS = {
         "blockio_ring.c",
         "frame_impl.c",
         "frame_check.c",
-        "bitmap_impl.c",
-        "bitmap_runs.c",
+        "scan_impl.c",
+        *BITMAP,
         *BLOCKIO,
         *CHUNK,
     ],
-    "scan": ["scan_impl.c", "bitmap_impl.c", *BLOCKIO, *CHUNK],
+    "scan": ["scan_impl.c", *BITMAP, *BLOCKIO, *CHUNK],
 }
 C_FLAGS = ["-std=gnu11", "-O3", "-g1", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 # Cython's own output, not ours, trips these.

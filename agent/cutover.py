@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, replace
 
+from agent.certificate import Certificate
 from agent.disk import SourceDisk, not_quiesced
 from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
-from agent.migration import DowntimeParts
+from agent.migration import DowntimeParts, Role
 from agent.peer import Peer
 from agent.sender import Sender
+from agent.signer import Signer
+from agent.statement import Statement, canonical
 
 _log = logging.getLogger(__name__)
 
@@ -36,12 +39,18 @@ class Cutover:
         sender: Sender,
         peer: Peer,
         token: Callable[[], str],
+        prove: Callable[[], Awaitable[Statement]],
+        signer: Signer,
         asked_seconds: float | None = None,
         write_down: Callable[[], None] = lambda: None,
     ) -> None:
         self._sender = sender
         self._peer = peer
         self._token = token
+        self._prove = prove
+        self._signer = signer
+        self.certificate: Certificate | None = None
+        """What both have signed, once it is done."""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Nobody may be waiting for the answer any more; the migration's state has it too.
         self.done.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -67,11 +76,26 @@ class Cutover:
             raise RuntimeError("the final round left something unsent")
         self._note("send", minus_seconds=report.flush_seconds)
         self._parts = replace(self._parts, target_flush=report.flush_seconds)
-        await self._prove_quiesced()
-        self._note("check")
-        await self._release()
+        statement = await self._prove_equal()
+        self._note("verify")
+        await self._release(statement)
         self._note("release")
         sender.note(downtime_seconds=time.monotonic() - self._started, downtime_parts=self._parts)
+
+    async def _prove_equal(self) -> Statement:
+        """Both ends read what they have not read yet, while it is proved that nothing writes.
+
+        A write that the reading misses is one that is noticed by the looks.
+        """
+        proving = asyncio.ensure_future(self._prove())
+        try:
+            await self._prove_quiesced()
+            self._note("check")
+            return await proving
+        finally:
+            proving.cancel()
+            await asyncio.wait([proving])
+            _ = proving.cancelled() or proving.exception()  # seen
 
     async def _prove_quiesced(self) -> None:
         """Look; fence; look again, for what was in flight when the fence went up."""
@@ -99,13 +123,17 @@ class Cutover:
                     disk.volume.source, f"{size_bytes} bytes were written during the cutover"
                 )
 
-    async def _release(self) -> None:
+    async def _release(self, statement: Statement) -> None:
         """Ask until there is an answer: from the first try on only the target knows who owns."""
+        signature, signed = self._signer.sign(statement, Role.SOURCE), canonical(statement)
         self.releasing = True
         deadline = time.monotonic() + RELEASE_SECONDS
         while True:
             try:
-                await self._peer.release(self._token(), self._sender.generation)
+                theirs = await self._peer.release(
+                    self._token(), self._sender.generation, signed, signature
+                )
+                self.certificate = Certificate(statement, (signature, theirs))
                 return
             except Unavailable as error:
                 if time.monotonic() > deadline:

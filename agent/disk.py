@@ -11,6 +11,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent.device import (
     count_writes,
@@ -23,13 +24,17 @@ from agent.device import (
 )
 from agent.errors import FailedPrecondition, InvalidArgument, WarmsyncError
 from agent.heat import Heat
-from agent.migration import Identity, Scheme, Volume
+from agent.migration import Depth, Identity, Scheme, Volume
 from agent.store import Store
 from agent.tracker import Take, Tracker, has_mark
 from agent.tracker.choice import fit_block, make_tracker
+from agent.tree import DigestTree, KeptTree
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.chunk import CHUNK_BYTES, DIGEST_BYTES
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +78,7 @@ class SourceDisk:
         block_size_bytes: int,
         pin_dir: Path,
         store: Store | None = None,
+        verify: Depth = Depth.NONE,
     ) -> None:
         size_bytes = source.volume.size_bytes
         block = fit_block(scheme, size_bytes, block_size_bytes)
@@ -90,6 +96,9 @@ class SourceDisk:
         self._marks = DirtyBitmap(size_bytes, block)
         self._part = DirtyBitmap(size_bytes, block)
         self._taken_seconds = 0.0
+        self._verify = verify
+        self.tree: DigestTree | None = None
+        """Made with the start, if anything is to be compared at the cutover."""
         self.known_key = self.key()
         self._fenced = False
 
@@ -104,6 +113,31 @@ class SourceDisk:
         except OSError as error:
             raise io_error("source", error) from error
         self.pending.set_all()
+        self.tree = self._make_tree()
+        if self.tree is not None:
+            self.tree.start()
+
+    def _make_tree(self) -> DigestTree | None:
+        table, size_bytes = self.tracker.digests, self.volume.size_bytes
+        if self._verify is Depth.NONE:
+            return None
+        if self._verify is Depth.FULL and table is not None:
+            return KeptTree(size_bytes, self._store, table)
+        return DigestTree(size_bytes, self._store)
+
+    @property
+    def digests(self) -> Buffer | None:
+        """The table that every read for sending fills, if there is one."""
+        if self.tracker.digests is not None:
+            return self.tracker.digests
+        return self.tree.table if self.tree is not None and self._verify is Depth.FULL else None
+
+    @property
+    def stale(self) -> DirtyBitmap | None:
+        """Where that table is not right until it is filled; None if all of it always is."""
+        if self.tracker.digests is not None or self.digests is None or self.tree is None:
+            return None
+        return self.tree.stale
 
     def resume(self, *, believed: bool) -> str:
         """Go on where the agent before this one has ended.
@@ -119,6 +153,9 @@ class SourceDisk:
             self.pending = self._store.open_bitmap(_PENDING, *geometry)
             self._marks = self._store.open_bitmap(_TAKEN, *geometry)
             self.tracker.resume()
+            self.tree = self._make_tree()
+            if self.tree is not None:
+                self.tree.resume()
         except (OSError, WarmsyncError) as error:
             self.start()
             return str(error)
@@ -141,12 +178,26 @@ class SourceDisk:
         if table is not None:
             at = offset_bytes // CHUNK_BYTES * DIGEST_BYTES
             memoryview(table)[at : at + len(digests)] = digests
+        if self.tree is not None:
+            self.tree.enter(offset_bytes, digests)
         self.pending.clear_range(offset_bytes, length_bytes)
 
     def forget_target(self) -> None:
         """Nothing is known any more of what the target holds: all is to be sent."""
         self._chosen = None
         self.pending.set_all()
+        if self.tree is not None:
+            self.tree.doubt_all()
+
+    def count_unproved(self) -> int:
+        """Return the bytes that would have to be read for a proof, were the guest stopped now."""
+        return 0 if self.tree is None else self.tree.count_unread(self.pending)
+
+    def count_touched(self) -> int:
+        """Return the bytes of all chunks that are pending, if only in part."""
+        chunks = DirtyBitmap(self.volume.size_bytes, CHUNK_BYTES)
+        chunks.touch(self.pending)
+        return chunks.count_bytes()
 
     def map_data(self) -> DirtyBitmap:
         """Return what may hold data; all else reads as zeros. Asked after tracking has started."""
@@ -190,7 +241,15 @@ class SourceDisk:
         if end_bytes < size:
             self._part.clear_range(end_bytes, size - end_bytes)
         self._chosen = self._part
+        self._doubt(self._part)
         return self._part
+
+    def _doubt(self, chosen: DirtyBitmap) -> None:
+        """Before it is read: what is known of these chunks is old."""
+        if self.tree is not None and self._verify is Depth.FINAL:
+            self.tree.doubt_only(chosen)
+        elif self.tree is not None:
+            self.tree.doubt(chosen)
 
     def choose(self, hold_bytes: int = 0) -> DirtyBitmap:
         """Return what this round sends: what is pending, but up to `hold_bytes` that are hot.
@@ -206,6 +265,7 @@ class SourceDisk:
                 self._part.merge(self.pending)
                 self._heat.subtract_hot(self._part, hold_bytes)
                 self._chosen = self._part
+        self._doubt(self._chosen)
         return self._chosen
 
     def count_chosen(self) -> int:

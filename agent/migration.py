@@ -72,6 +72,16 @@ class Volume:
     block_size_bytes: int = 0
 
 
+class Depth(StrEnum):
+    """How much of both ends is compared at the cutover, before the target is released."""
+
+    NONE = "none"
+    FINAL = "final"
+    """What the last round sent, read back."""
+    FULL = "full"
+    """Every byte: both roots."""
+
+
 @dataclass(frozen=True, slots=True)
 class GuestThrottle:
     """Leave to slow the writes of a cgroup's processes, to each disk never below `least`."""
@@ -95,6 +105,7 @@ class Plan:
     compress: bool = False
     guest_throttle: GuestThrottle | None = None
     reuse_target: bool = False
+    verify: Depth = Depth.FULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +118,7 @@ class DowntimeParts:
     send: float = 0.0
     target_flush: float = 0.0
     check: float = 0.0
+    verify: float = 0.0
     release: float = 0.0
 
 
@@ -133,6 +145,7 @@ class Progress:
     resumes: int = 0
     resumed_saved_bytes: int = 0
     reconciled_bytes: int = 0
+    unproved_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

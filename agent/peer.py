@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agent.carrier import Carrier, CarrierRequest
-from agent.migration import Identity, Volume
+from agent.certificate import Signature
+from agent.migration import Depth, Identity, Volume
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class SessionRequest:
     boot_id: str
     volumes: tuple[Volume, ...]
     source_identities: tuple[tuple[Identity, ...], ...]
+    verify: Depth = Depth.NONE
 
 
 def session_token(secret: str, epoch: int) -> str:
@@ -35,6 +37,33 @@ class Resumed:
 
     generation: int
     released: bool
+    certificate: bytes = b""
+    """If it was released: what both have signed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What one end has read of a volume: how much, and one digest of it."""
+
+    compared_bytes: int
+    root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TargetProof:
+    """What a target has read back of its volumes, and who it is."""
+
+    volumes: tuple[Proof, ...]
+    host: str
+    agent_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """What a target has still to read back for a proof, and how fast it does."""
+
+    unread_bytes: int
+    bytes_per_second: float
 
 
 class Peer(Protocol):
@@ -56,8 +85,19 @@ class Peer(Protocol):
     def digests(self, token: str, volume: int) -> AsyncIterator[tuple[int, bytes]]:
         """Iterate (offset, digests of the chunks from there on) over a whole target volume."""
 
-    async def release(self, token: str, generation: int) -> None:
-        """Hand the target over: durable, whole, no longer claimed. May be repeated."""
+    async def unread(self, token: str) -> Unread:
+        """Return what a proof would cost there now. Raises what ended the session."""
+
+    async def prove(self, token: str, generation: int) -> TargetProof:
+        """Return what the target has read back, after this generation and no later one."""
+
+    async def release(
+        self, token: str, generation: int, statement: bytes, signature: Signature
+    ) -> Signature:
+        """Hand the target over: durable, whole, no longer claimed. May be repeated.
+
+        `statement` (canonical) is what the source has signed; returns the target's signature.
+        """
 
     async def abort(self, token: str, reason: str, *, cancelled: bool) -> None:
         """Give the session up: the target is released and marked incomplete. May be repeated."""

@@ -28,6 +28,7 @@ cdef extern from "bitmap_impl.h" nogil:
                                 const ws_bitmap *other)
     uint64_t ws_bitmap_count(const ws_bitmap *map)
     uint64_t ws_bitmap_count_bytes(const ws_bitmap *map)
+    void ws_bitmap_touch(const ws_bitmap *map, const ws_bitmap *other)
     void ws_bitmap_copy_out(const ws_bitmap *map, uint8_t *out)
     bint ws_bitmap_copy_in(const ws_bitmap *map, const uint8_t *data)
     uint64_t ws_bitmap_runs(const ws_bitmap *map, uint64_t start, const ws_run_limits *limits,

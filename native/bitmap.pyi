@@ -59,6 +59,11 @@ class DirtyBitmap:
         """Clear here what is marked in `other`."""
     def merge_common(self, one: DirtyBitmap, other: DirtyBitmap) -> None:
         """Mark here what is marked in both (same geometry). Touches memory only for such blocks."""
+    def touch(self, other: DirtyBitmap) -> None:
+        """Mark here each block that a marked block of `other` touches, whatever its block size.
+
+        ValueError unless both are of volumes of the same size.
+        """
     def count(self) -> int:
         """Return the number of marked blocks."""
     def count_bytes(self) -> int:

@@ -35,6 +35,7 @@ from native.bitmap cimport (
     ws_bitmap_set_range,
     ws_bitmap_subtract,
     ws_bitmap_take,
+    ws_bitmap_touch,
     ws_bitmap_unmap,
     ws_run_limits,
 )
@@ -216,6 +217,15 @@ cdef class DirtyBitmap:
         self.check_same(other)
         with nogil:
             ws_bitmap_merge_common(&self.map, &one.map, &other.map)
+
+    def touch(self, DirtyBitmap other not None):
+        """Mark here each block that a marked block of `other` touches, whatever its block size."""
+        if self.map.size_bytes != other.map.size_bytes:
+            raise ValueError(
+                f"bitmaps differ: of {self.size_bytes} and of {other.size_bytes} bytes"
+            )
+        with nogil:
+            ws_bitmap_touch(&self.map, &other.map)
 
     def count(self):
         """Return the number of marked blocks."""

@@ -187,6 +187,17 @@ void ws_bitmap_merge_common(const struct ws_bitmap *map, const struct ws_bitmap 
     }
 }
 
+void ws_bitmap_touch(const struct ws_bitmap *map, const struct ws_bitmap *other) {
+    enum { RUNS = 64 };
+    const struct ws_run_limits limits = {0, UINT64_MAX, UINT64_MAX, RUNS};
+    uint64_t pairs[2 * RUNS], at = 0;
+    while (at < other->size_bytes) {
+        uint64_t found = ws_bitmap_runs(other, at >> other->block_shift, &limits, pairs, &at);
+        for (uint64_t i = 0; i < found; i++)
+            ws_bitmap_set_range(map, pairs[2 * i], pairs[2 * i + 1]);
+    }
+}
+
 void ws_bitmap_copy_out(const struct ws_bitmap *map, uint8_t *out) {
     for (uint64_t i = 0; i < map->word_count; i++) {
         uint64_t word = valid_word(map, i);

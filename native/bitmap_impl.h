@@ -43,6 +43,9 @@ uint64_t ws_bitmap_take(const struct ws_bitmap *map, const struct ws_bitmap *int
 void ws_bitmap_merge(const struct ws_bitmap *map, const struct ws_bitmap *other);
 void ws_bitmap_subtract(const struct ws_bitmap *map, const struct ws_bitmap *other);
 
+/* Mark each block that a marked block of `other` touches; its blocks may be smaller or larger. */
+void ws_bitmap_touch(const struct ws_bitmap *map, const struct ws_bitmap *other);
+
 /* Mark what is marked in both; touches no page of `map` where nothing is. */
 void ws_bitmap_merge_common(const struct ws_bitmap *map, const struct ws_bitmap *one,
                             const struct ws_bitmap *other);

@@ -14,6 +14,7 @@ from libc.errno cimport EIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from native.bitmap cimport DirtyBitmap, ws_bitmap, ws_bitmap_set_range
 from native.blockio cimport (
     BlockDevice,
     batch_bytes,
@@ -22,7 +23,11 @@ from native.blockio cimport (
     ws_device,
 )
 from native.buffer cimport AlignedBuffer
-from native.chunk cimport WS_CHUNK_BYTES, WS_DIGEST_BYTES, init_chunk, ws_digest_chunks
+from native.chunk cimport WS_CHUNK_BYTES, WS_DIGEST_BYTES, init_chunk
+
+cdef extern from "scan_impl.h" nogil:
+    void ws_scan_note(const uint8_t *data, uint64_t offset, uint64_t length, uint64_t size_bytes,
+                      uint8_t *table, const ws_bitmap *stale)
 
 cdef extern from "frame_impl.h" nogil:
     enum:
@@ -150,6 +155,7 @@ def gather(
     uint64_t generation,
     uint64_t sequence,
     digests=None,
+    DirtyBitmap stale=None,
     uint64_t min_zero_bytes=65536,
 ):
     """Read `extents` and return one frame."""
@@ -165,7 +171,7 @@ def gather(
     if digests is None:
         _read(device, plan, scratch)
     else:
-        _read_and_digest(device, plan, scratch, digests)
+        _read_and_digest(device, plan, scratch, digests, stale)
     with nogil:
         ws_frame_plan_data(&plan.plan, plan.pairs, plan.count, scratch.data, min_zero_bytes)
     return plan.build(&header, scratch.data)
@@ -186,42 +192,46 @@ cdef int _read(BlockDevice device, Plan plan, AlignedBuffer scratch) except -1:
 
 
 cdef int _read_and_digest(
-    BlockDevice device, Plan plan, AlignedBuffer scratch, object digests
+    BlockDevice device, Plan plan, AlignedBuffer scratch, object digests, DirtyBitmap stale
 ) except -1:
     cdef Py_buffer table
+    cdef uint64_t size = device.size_bytes() if stale is None else stale.map.size_bytes
     PyObject_GetBuffer(digests, &table, PyBUF_WRITABLE)
     try:
-        _check_chunks(plan, device.size_bytes(), <uint64_t>table.len)
+        _check_chunks(plan, size, <uint64_t>table.len, stale is not None)
         _read(device, plan, scratch)
         with nogil:
-            _digest(plan.pairs, plan.count, scratch.data, <uint8_t *>table.buf)
+            _digest(plan, scratch.data, size, <uint8_t *>table.buf,
+                    NULL if stale is None else &stale.map)
     finally:
         PyBuffer_Release(&table)
     return 0
 
 
-cdef int _check_chunks(Plan plan, uint64_t size_bytes, uint64_t table_bytes) except -1:
-    """Each extent must cover whole chunks, and the table have an entry for each."""
+cdef int _check_chunks(
+    Plan plan, uint64_t size_bytes, uint64_t table_bytes, bint parts
+) except -1:
+    """The table must have an entry for each chunk of the extents, and these be whole or `parts`."""
     cdef size_t i
     cdef uint64_t offset, end
     for i in range(plan.count):
         offset, end = plan.pairs[2 * i], plan.pairs[2 * i] + plan.pairs[2 * i + 1]
-        if offset % WS_CHUNK_BYTES or (end % WS_CHUNK_BYTES and end != size_bytes):
+        if not parts and (offset % WS_CHUNK_BYTES or (end % WS_CHUNK_BYTES and end != size_bytes)):
             raise ValueError(f"extent {i}: {offset} to {end} are not borders of chunks")
+        if parts and end > size_bytes:
+            raise ValueError(f"extent {i}: {end} is beyond a volume of {size_bytes} bytes")
         if (end + WS_CHUNK_BYTES - 1) // WS_CHUNK_BYTES * WS_DIGEST_BYTES > table_bytes:
             raise ValueError(f"extent {i}: {end} is beyond a digest table of {table_bytes} bytes")
     return 0
 
 
 cdef void _digest(
-    const uint64_t *pairs, size_t count, const uint8_t *data, uint8_t *table
+    Plan plan, const uint8_t *data, uint64_t size_bytes, uint8_t *table, const ws_bitmap *stale
 ) noexcept nogil:
     cdef size_t i
-    cdef uint8_t *out
-    for i in range(count):
-        out = table + pairs[2 * i] // WS_CHUNK_BYTES * WS_DIGEST_BYTES
-        ws_digest_chunks(data, pairs[2 * i + 1], WS_CHUNK_BYTES, out)
-        data += pairs[2 * i + 1]
+    for i in range(plan.count):
+        ws_scan_note(data, plan.pairs[2 * i], plan.pairs[2 * i + 1], size_bytes, table, stale)
+        data += plan.pairs[2 * i + 1]
 
 
 def zeros(
@@ -294,6 +304,7 @@ def scatter(
     uint64_t size_bytes,
     uint32_t volume,
     uint64_t generation,
+    DirtyBitmap written=None,
 ):
     """Verify the frame, then write it. Nothing is written unless all of it is valid."""
     cdef Verified verified = Verified(frame)
@@ -302,6 +313,8 @@ def scatter(
         _expect("volume", verified.header.volume, volume)
         _expect("generation", verified.header.generation, generation)
         _check_room(device, raw, verified, scratch, size_bytes)
+        if written is not None:
+            _mark(verified, size_bytes, written)
         return _apply(device, raw, verified, scratch)
     finally:
         device.release()
@@ -329,6 +342,19 @@ cdef int _check_room(
     if size_bytes > room:
         why.verb, why.offset, why.length, why.failed_at = "write", 0, size_bytes, room
         raise device.failure(-EIO, &why)
+    return 0
+
+
+cdef int _mark(Verified frame, uint64_t size_bytes, DirtyBitmap written) except -1:
+    """Before the first byte: who is killed in the middle has said that something changed."""
+    cdef ws_frame_extent entry
+    cdef uint32_t i
+    if written.map.size_bytes != size_bytes:
+        raise ValueError(f"marks of {written.size_bytes} bytes for a volume of {size_bytes}")
+    with nogil:
+        for i in range(frame.header.extent_count):
+            entry = ws_frame_entry(frame.data, i)
+            ws_bitmap_set_range(&written.map, entry.offset, entry.length)
     return 0
 
 

@@ -27,6 +27,23 @@ def compare(
     `table`: chunk.DIGEST_BYTES for each chunk of the whole device, read only here.
     """
 
+def refresh(
+    device: BlockDevice,
+    offset_bytes: int,
+    length_bytes: int,
+    scratch: AlignedBuffer,
+    table: Buffer,
+    stale: DirtyBitmap,
+    reading: DirtyBitmap,
+) -> int:
+    """Read the chunks of the range that are marked in `stale` again, and enter their digests.
+
+    The mark is cleared before its chunk is read; set again where the read fails (OSError). Chunks
+    in work are marked in `reading`, so that a process that is killed leaves no wrong entry
+    unmarked. Blocks of both bitmaps are chunks. Threads may share them, and the (writable) table,
+    for different ranges. Returns the bytes read.
+    """
+
 def compare_hole(
     offset_bytes: int, length_bytes: int, size_bytes: int, table: Buffer, marks: DirtyBitmap
 ) -> int:

@@ -1,6 +1,6 @@
 """Whole-range passes: digest a device's chunks, and compare them with a table."""
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint64_t
 
@@ -18,6 +18,13 @@ cdef extern from "scan_impl.h" nogil:
     int ws_scan_compare(const ws_device *dev, uint64_t offset, uint64_t length,
                         const ws_scratch *scratch, const uint8_t *table, const ws_bitmap *marks,
                         uint64_t *marked, ws_attempt *why)
+    struct ws_ledger:
+        uint8_t *table
+        const ws_bitmap *stale
+        const ws_bitmap *reading
+    int ws_scan_refresh(const ws_device *dev, uint64_t offset, uint64_t length,
+                        const ws_scratch *scratch, const ws_ledger *ledger, uint64_t *done,
+                        ws_attempt *why)
     uint64_t ws_scan_hole(uint64_t offset, uint64_t length, const uint8_t *table,
                           const ws_bitmap *marks)
 
@@ -102,15 +109,48 @@ def compare_hole(
     return marked
 
 
+def refresh(
+    BlockDevice device not None,
+    uint64_t offset_bytes,
+    uint64_t length_bytes,
+    AlignedBuffer scratch not None,
+    table,
+    DirtyBitmap stale not None,
+    DirtyBitmap reading not None,
+):
+    """Read the stale chunks of the range again, enter their digests; return the bytes read."""
+    cdef ws_scratch memory = _scratch(scratch)
+    cdef ws_attempt why
+    cdef int rc
+    cdef uint64_t done = 0, size = stale.map.size_bytes
+    cdef uint64_t end = _end(offset_bytes, length_bytes, size)
+    stale.check_same(reading)
+    if stale.block_size_bytes != WS_CHUNK_BYTES:
+        raise ValueError(f"blocks of {stale.block_size_bytes} bytes are no chunks")
+    if offset_bytes % WS_CHUNK_BYTES or (end % WS_CHUNK_BYTES and end != size):
+        raise ValueError(f"{offset_bytes} to {end} are no borders of chunks of {WS_CHUNK_BYTES}")
+    cdef Table entries = Table(table, size, writable=True)
+    cdef ws_ledger ledger = ws_ledger(entries.data, &stale.map, &reading.map)
+    cdef ws_device *raw = device.acquire()
+    try:
+        with nogil:
+            rc = ws_scan_refresh(raw, offset_bytes, length_bytes, &memory, &ledger, &done, &why)
+    finally:
+        device.release()
+    if rc != 0:
+        raise device.failure(rc, &why)
+    return done
+
+
 cdef class Table:
     """A digest table on loan from whoever owns it."""
 
     cdef Py_buffer view
-    cdef const uint8_t *data
+    cdef uint8_t *data
 
-    def __cinit__(self, table, uint64_t size_bytes):
-        PyObject_GetBuffer(table, &self.view, PyBUF_SIMPLE)
-        self.data = <const uint8_t *>self.view.buf
+    def __cinit__(self, table, uint64_t size_bytes, *, bint writable=False):
+        PyObject_GetBuffer(table, &self.view, PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
+        self.data = <uint8_t *>self.view.buf
         if <uint64_t>self.view.len < _entries(size_bytes):
             raise ValueError(
                 f"a table of {self.view.len} bytes; {size_bytes} bytes need {_entries(size_bytes)}"

@@ -83,3 +83,54 @@ uint64_t ws_scan_hole(uint64_t offset, uint64_t length, const uint8_t *table,
     }
     return marked;
 }
+
+/* One run of stale chunks, which fits the scratch. */
+static int refresh_run(const struct ws_device *dev, uint64_t offset, uint64_t length,
+                       uint8_t *data, const struct ws_ledger *ledger, struct ws_attempt *why) {
+    ws_bitmap_set_range(ledger->reading, offset, length);
+    ws_bitmap_clear_range(ledger->stale, offset, length);
+    /* The read must not come before the clear: a write that it misses marks the chunk after it. */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    int rc = read_blocks(dev, data, offset, length, why);
+    if (rc != 0)
+        ws_bitmap_set_range(ledger->stale, offset, length);
+    else
+        ws_digest_chunks(data, length, WS_CHUNK_BYTES,
+                         ledger->table + offset / WS_CHUNK_BYTES * WS_DIGEST_BYTES);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    ws_bitmap_clear_range(ledger->reading, offset, length);
+    return rc;
+}
+
+int ws_scan_refresh(const struct ws_device *dev, uint64_t offset, uint64_t length,
+                    const struct ws_scratch *scratch, const struct ws_ledger *ledger,
+                    uint64_t *done, struct ws_attempt *why) {
+    const struct ws_run_limits limits = {0, scratch->size / WS_CHUNK_BYTES,
+                                         scratch->size / WS_CHUNK_BYTES, 1};
+    uint64_t pair[2], at = offset, end = offset + length;
+    for (*done = 0; at < end;) {
+        if (ws_bitmap_runs(ledger->stale, at / WS_CHUNK_BYTES, &limits, pair, &at) == 0 ||
+            pair[0] >= end)
+            break;
+        uint64_t some = least(pair[1], end - pair[0]);
+        int rc = refresh_run(dev, pair[0], some, scratch->data, ledger, why);
+        if (rc != 0)
+            return rc;
+        *done += some;
+    }
+    return 0;
+}
+
+void ws_scan_note(const uint8_t *data, uint64_t offset, uint64_t length, uint64_t size_bytes,
+                  uint8_t *table, const struct ws_bitmap *stale) {
+    uint64_t first = (offset + WS_CHUNK_BYTES - 1) / WS_CHUNK_BYTES * WS_CHUNK_BYTES;
+    uint64_t end = offset + length;
+    if (end != size_bytes)
+        end = end / WS_CHUNK_BYTES * WS_CHUNK_BYTES;
+    if (first >= end)
+        return;
+    ws_digest_chunks(data + (first - offset), end - first, WS_CHUNK_BYTES,
+                     table + first / WS_CHUNK_BYTES * WS_DIGEST_BYTES);
+    if (stale != NULL)
+        ws_bitmap_clear_range(stale, first, end - first);
+}

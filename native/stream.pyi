@@ -81,8 +81,8 @@ class Connection:
 class Sender:
     """The source's end of the connections of one session. One call at a time, but for the controls.
 
-    `devices` and `digests` (or None) are those of the volumes, by index; takes the connections
-    over. Memory: about 1.3 MiB a connection, as much again with `compress`. `ring`: read scattered
+    `devices`, `digests` (or None) and `stale` (see native.frame.gather) are those of the volumes, by
+    index; takes the connections over. Memory: about 1.3 MiB a connection, as much again with `compress`. `ring`: read scattered
     blocks many at once (io_uring) where the kernel can. A target that takes nothing for
     `patience_seconds`, or does not acknowledge for `ack_seconds`, is lost (0: never).
     """
@@ -93,6 +93,7 @@ class Sender:
         devices: Sequence[BlockDevice],
         digests: Sequence[Buffer | None],
         *,
+        stale: Sequence[DirtyBitmap | None] | None = None,
         compress: bool = False,
         ring: bool = True,
         patience_seconds: int = 60,
@@ -128,8 +129,8 @@ class Sender:
 class Receiver:
     """The target's end of the connections of one session: verifies and writes, a thread each.
 
-    Holds the devices open until `join`. `sizes_bytes` bound what is written. `generation` is the
-    first that is taken. Memory: 1.2 MiB a connection, 2.2 MiB with compressed frames.
+    Holds the devices open until `join`. `sizes_bytes` bound what is written; extents are marked in
+    `written` before they are. `generation` is the first that is taken. Memory: 1.2 MiB a connection, 2.2 MiB with compressed frames.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Receiver:
         *,
         connections: int,
         generation: int,
+        written: Sequence[DirtyBitmap | None] | None = None,
         ring: bool = True,
     ) -> None: ...
     def add(self, connection: Connection, *, first: bool) -> None:

@@ -53,12 +53,15 @@ cdef extern from "stream_impl.h" nogil:
         ws_device *device
         uint8_t *digests
         uint64_t digests_bytes
+        uint64_t size_bytes
+        const ws_bitmap *stale
     struct ws_job:
         uint32_t volume
         const ws_bitmap *marks
     struct ws_sink:
         ws_device *device
         uint64_t size_bytes
+        const ws_bitmap *written
     struct ws_manner:
         bint compress
         bint ring
@@ -284,9 +287,10 @@ cdef class Sender:
     cdef ws_sender *sender
     cdef tuple devices
     cdef tuple digests
+    cdef tuple stale
     cdef bint busy
 
-    def __cinit__(self, connections, devices, digests, *, bint compress=False, bint ring=True,
+    def __cinit__(self, connections, devices, digests, *, stale=None, bint compress=False, bint ring=True,
                   unsigned patience_seconds=60, unsigned ack_seconds=300):
         cdef ws_manner manner = ws_manner(compress, ring, patience_seconds, ack_seconds)
         cdef ws_conn *conns[64]
@@ -296,8 +300,11 @@ cdef class Sender:
         if not 1 <= len(devices) <= MAX_VOLUMES or len(digests) != len(devices):
             raise ValueError(f"{len(devices)} devices with {len(digests)} tables of digests")
         self.devices, self.digests = tuple(devices), tuple(digests)
-        for device, table in zip(self.devices, self.digests):
-            check_table(device, table)
+        self.stale = (None,) * len(devices) if stale is None else tuple(stale)
+        if len(self.stale) != len(devices):
+            raise ValueError(f"{len(devices)} devices with {len(self.stale)} bitmaps")
+        for device, table, marks in zip(self.devices, self.digests, self.stale):
+            check_table(device, table, marks)
         for connection in connections:
             conns[count] = (<Connection?>connection).conn
             if conns[count] == NULL:
@@ -338,7 +345,7 @@ cdef class Sender:
         if len(jobs) > MAX_VOLUMES:
             raise ValueError(f"{len(jobs)} jobs, more than {MAX_VOLUMES}")
         for volume, marks in jobs:
-            check_job(self.devices, self.digests, volume, marks)
+            check_job(self.devices, self.digests, self.stale, volume, marks)
             raw[count].volume = volume
             raw[count].marks = &(<DirtyBitmap>marks).map
             count += 1
@@ -349,6 +356,11 @@ cdef class Sender:
                 volumes[held].device = (<BlockDevice>device).acquire()
                 volumes[held].digests = NULL
                 volumes[held].digests_bytes = 0
+                volumes[held].size_bytes = device.size_bytes()
+                volumes[held].stale = NULL
+                if self.stale[held] is not None:
+                    volumes[held].stale = &(<DirtyBitmap>self.stale[held]).map
+                    volumes[held].size_bytes = self.stale[held].size_bytes
                 held += 1
                 table = self.digests[held - 1]
                 if table is not None:
@@ -454,16 +466,19 @@ cdef class View:
         PyBuffer_Release(&self.view)
 
 
-cdef object check_table(device, table):
+cdef object check_table(device, table, stale):
     if table is None:
         return
-    cdef uint64_t chunks = (device.size_bytes() + WS_CHUNK_BYTES - 1) // WS_CHUNK_BYTES
+    cdef uint64_t size = device.size_bytes()
+    if stale is not None:
+        size = (<DirtyBitmap?>stale).size_bytes
+    cdef uint64_t chunks = (size + WS_CHUNK_BYTES - 1) // WS_CHUNK_BYTES
     cdef View view = View(table)
     if view.size < chunks * WS_DIGEST_BYTES:
         raise ValueError(f"a digest table of {view.size} bytes for {chunks} chunks")
 
 
-cdef object check_job(tuple devices, tuple digests, volume, marks):
+cdef object check_job(tuple devices, tuple digests, tuple stale, volume, marks):
     if not 0 <= volume < len(devices):
         raise ValueError(f"volume {volume} of {len(devices)}")
     cdef DirtyBitmap bitmap = <DirtyBitmap?>marks
@@ -471,7 +486,10 @@ cdef object check_job(tuple devices, tuple digests, volume, marks):
         raise ValueError(
             f"marks of {bitmap.size_bytes} bytes for {devices[volume].path}, which is smaller"
         )
-    if digests[volume] is not None and bitmap.block_size_bytes % WS_CHUNK_BYTES:
+    if stale[volume] is not None:
+        if stale[volume].size_bytes != bitmap.size_bytes:
+            raise ValueError(f"marks of {bitmap.size_bytes}, stale of {stale[volume].size_bytes}")
+    elif digests[volume] is not None and bitmap.block_size_bytes % WS_CHUNK_BYTES:
         raise ValueError(f"blocks of {bitmap.block_size_bytes} bytes are not whole chunks")
 
 
@@ -480,21 +498,29 @@ cdef class Receiver:
 
     cdef ws_receiver *receiver
     cdef tuple devices
+    cdef tuple written
     cdef int held
     cdef int users
 
     def __cinit__(self, devices, sizes_bytes, *, size_t connections, uint64_t generation,
-                  bint ring=True):
+                  written=None, bint ring=True):
         cdef ws_sink sinks[64]
         self.devices = tuple(devices)
         if not 1 <= len(self.devices) <= MAX_VOLUMES or len(sizes_bytes) != len(self.devices):
             raise ValueError(f"{len(self.devices)} devices with {len(sizes_bytes)} sizes")
         if not 1 <= connections <= WS_CONNECTIONS_MAX:
             raise ValueError(f"{connections} connections, not 1 to {WS_CONNECTIONS_MAX}")
+        self.written = (None,) * len(self.devices) if written is None else tuple(written)
+        for marks, size in zip(self.written, sizes_bytes, strict=True):
+            if marks is not None and (<DirtyBitmap?>marks).size_bytes != size:
+                raise ValueError(f"marks of {marks.size_bytes} bytes for a volume of {size}")
         try:
             for device, size in zip(self.devices, sizes_bytes):
                 sinks[self.held].device = (<BlockDevice?>device).acquire()
                 sinks[self.held].size_bytes = size
+                sinks[self.held].written = NULL
+                if self.written[self.held] is not None:
+                    sinks[self.held].written = &(<DirtyBitmap>self.written[self.held]).map
                 self.held += 1
             self.receiver = ws_receiver_new(
                 sinks, <size_t>len(self.devices), connections, generation, ring

@@ -18,6 +18,7 @@
 #include "bitmap_impl.h"
 #include "blockio_ring.h"
 #include "frame_impl.h"
+#include "scan_impl.h"
 
 #include <pthread.h>
 #include <sys/uio.h>
@@ -140,8 +141,10 @@ uint8_t *ws_payloads_new(size_t count);
 
 struct ws_volume {
     struct ws_device *device;
-    uint8_t *digests;       /* a table that each read fills, or NULL */
-    uint64_t digests_bytes; /* its size */
+    uint8_t *digests;              /* a table that each read fills, or NULL */
+    uint64_t digests_bytes;        /* its size */
+    uint64_t size_bytes;           /* the volume's, where there is a table */
+    const struct ws_bitmap *stale; /* its entries that are not right: ws_scan_note(), or NULL */
 };
 
 struct ws_job {
@@ -212,6 +215,7 @@ void ws_sender_count(struct ws_sender *sender, uint64_t *done_bytes, uint64_t *w
 struct ws_sink {
     struct ws_device *device;
     uint64_t size_bytes; /* of the volume: nothing is written beyond */
+    const struct ws_bitmap *written; /* marked before anything is written, or NULL */
 };
 
 struct ws_receiver;

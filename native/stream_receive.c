@@ -177,6 +177,15 @@ static bool is_odd(const struct ws_device *dev, const struct ws_piece *piece) {
            (dev->is_direct && (uintptr_t)piece->data % dev->memory_align != 0);
 }
 
+/* Before the first byte: who is killed in the middle has said that something changed. */
+static void mark_written(const struct lane *lane) {
+    const struct ws_bitmap *written = lane->receiver->sinks[lane->head.volume].written;
+    if (written == NULL)
+        return;
+    for (size_t i = 0; i < lane->head.extent_count; i++)
+        ws_bitmap_set_range(written, lane->table[i].offset, lane->table[i].length);
+}
+
 static int write_frame(struct lane *lane, struct ws_outcome *outcome) {
     struct ws_device *dev = lane->receiver->sinks[lane->head.volume].device;
     struct ws_attempt *why = &outcome->why;
@@ -184,6 +193,7 @@ static int write_frame(struct lane *lane, struct ws_outcome *outcome) {
     char *at = (char *)lane->payload;
     size_t count = 0;
     int rc = 0;
+    mark_written(lane);
     for (size_t i = 0; rc == 0 && i < lane->head.extent_count; i++) {
         const struct ws_frame_extent *entry = &lane->table[i];
         struct ws_piece piece = {entry->offset, entry->length, at};

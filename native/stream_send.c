@@ -205,8 +205,8 @@ static uint64_t join(struct lane *lane, size_t count, size_t *pieces) {
 static void note_digests(const struct ws_volume *volume, const struct lane *lane, size_t count) {
     const uint8_t *data = lane->data;
     for (size_t i = 0; i < count; i++) {
-        uint64_t at = lane->pairs[2 * i] / WS_CHUNK_BYTES * WS_DIGEST_BYTES;
-        ws_digest_chunks(data, lane->pairs[2 * i + 1], WS_CHUNK_BYTES, volume->digests + at);
+        ws_scan_note(data, lane->pairs[2 * i], lane->pairs[2 * i + 1], volume->size_bytes,
+                     volume->digests, volume->stale);
         data += lane->pairs[2 * i + 1];
     }
 }

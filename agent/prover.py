@@ -1,0 +1,100 @@
+"""Keeps the digests of one end's volumes true: reads what is stale, in the background or at once.
+
+Owns the pace: one step at a time while the guest runs, all threads when it is off. Knows nothing
+of the other end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from functools import partial
+
+from agent.ahead import run_ahead
+from agent.tree import DigestTree
+from native.blockio import BlockDevice
+from native.buffer import BufferPool
+
+_log = logging.getLogger(__name__)
+
+_DEPTH = 4
+_GUESSED_RATE = 1e9
+"""Bytes a second, before the first is measured."""
+_LEAST_MEASURED_BYTES = 8 << 20
+
+
+class Prover:
+    """Reads for the trees of some volumes. `devices` may be changed while nothing runs."""
+
+    def __init__(
+        self,
+        trees: Sequence[DigestTree],
+        devices: Sequence[BlockDevice],
+        threads: Executor,
+        pool: BufferPool,
+    ) -> None:
+        self.trees = tuple(trees)
+        self.devices = tuple(devices)
+        self.rate_bytes_per_second = _GUESSED_RATE
+        self._threads = threads
+        self._pool = pool
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def unread_bytes(self) -> int:
+        """What is stale now, in all volumes."""
+        return sum(tree.count_unread() for tree in self.trees)
+
+    def wake(self) -> None:
+        """Read what is stale in the background, if that is not being done already."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._read_quietly(), name="prover")
+
+    async def stop(self) -> None:
+        """End what runs in the background, and wait for it."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            self._task = None
+
+    async def settle(self) -> int:
+        """Read all that is stale, with all threads; returns the bytes read. OSError."""
+        await self.stop()
+        return await self._read(_DEPTH)
+
+    async def _read_quietly(self) -> None:
+        try:
+            await self._read(1)
+        except ValueError:
+            return  # the devices were closed: the end, or another beginning
+        except OSError as error:
+            # It stays stale: at the cutover it is read again, and then the error counts.
+            _log.warning('not read back reason="%s"', error)
+
+    async def _read(self, depth: int) -> int:
+        loop, total, started = asyncio.get_running_loop(), 0, time.monotonic()
+        for tree, device in zip(self.trees, self.devices, strict=True):
+            await loop.run_in_executor(self._threads, tree.skip_holes, device)
+        steps = run_ahead(self._steps(), self._threads, depth)
+        try:
+            async for done in steps:
+                total += done
+        finally:
+            with suppress(ValueError):
+                await steps.aclose()
+        if total >= _LEAST_MEASURED_BYTES:
+            self.rate_bytes_per_second = total / max(time.monotonic() - started, 1e-6)
+        return total
+
+    def _steps(self) -> Iterator[partial[int]]:
+        for tree, device in zip(self.trees, self.devices, strict=True):
+            for offset, length in tree.steps():
+                yield partial(self._step, tree, device, offset, length)
+
+    def _step(self, tree: DigestTree, device: BlockDevice, offset: int, length: int) -> int:
+        with self._pool.lease() as scratch:
+            return tree.read(device, offset, length, scratch)
