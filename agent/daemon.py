@@ -33,6 +33,7 @@ from agent.rpc.peer_client import PeerClient
 from agent.rpc.peer_service import PeerServicer
 from agent.rpc.peer_service import register as register_peers
 from agent.rpc.server import AgentServer, Service, start_server
+from agent.signer import open_signer
 
 # For calls under way at the end; those that wait for a migration end with the registry.
 STOP_GRACE_SECONDS = 2.0
@@ -53,6 +54,8 @@ def run(config: AgentConfig, *, log_level: str = "info", as_json: bool = False) 
 async def serve(config: AgentConfig, *, as_json: bool = False) -> None:
     """Serve on this event loop until a signal comes."""
     stop = _stop_on_signals()
+    # Now, not at a cutover, when it would be too late to mend it.
+    signer = open_signer(Path(config.state_dir))
     registry = Registry(
         config,
         lambda address: PeerClient(
@@ -68,6 +71,7 @@ async def serve(config: AgentConfig, *, as_json: bool = False) -> None:
         registry.data_port = open_data_port(config, server.address)
         registry.start()
         _announce(server, config, as_json=as_json)
+        _log.info("identity key=%s", signer.fingerprint)
         await stop.wait()
     finally:
         _log.info("stopping")

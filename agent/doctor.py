@@ -5,6 +5,7 @@ Checks only what the product uses. Looks and says; changes nothing on the host.
 
 from __future__ import annotations
 
+import base64
 import os
 import platform
 import re
@@ -14,6 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+
+from agent.errors import WarmsyncError
+from agent.signer import read_signer
 
 # bpf_loop() came with 5.17 (bpf-helpers(7)); the programs cannot mark long ranges without.
 EBPF_KERNEL = (5, 17)
@@ -123,6 +127,19 @@ def check_state_dir(host: Host) -> Check:
     return Check("state-dir", Verdict.OK, f"{host.state_dir} is writable")
 
 
+def check_identity(host: Host) -> Check:
+    """Look at the key with which the agent signs certificates of cutovers; show its name."""
+    try:
+        signer = read_signer(host.state_dir)
+    except WarmsyncError as error:
+        mend = "as the finding says, then start the agent again"
+        return Check("identity", Verdict.MISSING, str(error), mend)
+    if signer is None:
+        return Check("identity", Verdict.OK, "no key yet: the agent makes it at its first start")
+    key = base64.b64encode(signer.public_key).decode()
+    return Check("identity", Verdict.OK, f"{signer.fingerprint}, public key {key}")
+
+
 def check_direct_io(host: Host) -> Check:
     """Try direct I/O where image files of tests and demos are likely to lie."""
     places = [path for path in (host.state_dir, Path(tempfile.gettempdir())) if path.is_dir()]
@@ -209,6 +226,7 @@ CHECKS: tuple[Callable[[Host], Check], ...] = (
     check_bpffs,
     check_ebpf,
     check_state_dir,
+    check_identity,
     check_direct_io,
     check_open_files,
     check_memory_lock,

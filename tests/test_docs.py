@@ -46,6 +46,8 @@ def _commands(text: str) -> list[list[str]]:
 def test_commands_exist(page: Path) -> None:
     for name, *words in _commands(page.read_text()):
         command = cli.commands.get(name)
+        if isinstance(command, click.Group):
+            command = command.commands.get(words[0])
         assert command is not None, f"{_name(page)}: warmsync {name}"
         context = click.Context(command)
         known = {flag for item in command.get_params(context) for flag in item.opts}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from agent.cli import change, host, look, move
+from agent.cli import certificate, change, host, look, move
 from agent.cli.failure import FailingGroup
 from agent.version import agent_version
 
@@ -30,6 +30,7 @@ for _command in (
     change.finish,
     change.delete,
     look.verify,
+    certificate.certificate,
     host.devices,
     host.doctor,
     host.completion,

@@ -28,6 +28,8 @@ COMMANDS = (
     *("agent", "migrate", "cutover", "list", "show", "watch", "pause", "resume", "cancel"),
     *("rollback", "finish", "verify", "doctor", "update", "delete", "devices", "completion"),
 )
+GROUPS = {"certificate": ("verify",)}
+PATHS = [*((name,) for name in COMMANDS), *((g, name) for g in GROUPS for name in GROUPS[g])]
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +63,26 @@ MIGRATE = ("migrate", "--peer", "10.0.0.2:7070", "--volume", "/dev/a:/dev/b")
 
 
 def test_the_commands_of_the_contract_are_there() -> None:
-    assert set(cli.commands) == set(COMMANDS)
+    assert set(cli.commands) == {*COMMANDS, *GROUPS}
+    for name, commands in GROUPS.items():
+        group = cli.commands[name]
+        assert isinstance(group, click.Group)
+        assert set(group.commands) == set(commands)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_and_json(command: str) -> None:
-    result = invoke(command, "--help")
+@pytest.mark.parametrize("path", PATHS, ids=" ".join)
+def test_every_command_has_help_and_json(path: tuple[str, ...]) -> None:
+    result = invoke(*path, "--help")
     assert result.exit_code == 0
-    assert result.stdout.startswith(f"Usage: warmsync {command}")
+    assert result.stdout.startswith(f"Usage: warmsync {' '.join(path)}")
     assert "--json" in result.stdout
+    command: click.Command = cli
+    for name in path:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
     undocumented = [
         option.name
-        for option in cli.commands[command].params
+        for option in command.params
         if isinstance(option, click.Option) and not option.help
     ]
     assert undocumented == []
