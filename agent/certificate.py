@@ -13,17 +13,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from agent.errors import DataLoss, FailedPrecondition, InvalidArgument
-from agent.fields import bad, fields_of, items
+from agent.fields import bad, fields_of, items, parse_json
 from agent.migration import Role
 from agent.statement import Statement, canonical, dump_statement, read_statement
 
-MAX_CERTIFICATE_BYTES = 1 << 20
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
@@ -99,7 +97,7 @@ def load(data: bytes) -> Certificate:
 
     It is whole then, and of the right form; whether it holds, `verify` says.
     """
-    take = fields_of(_parse(data), "certificate", "statement signatures")
+    take = fields_of(parse_json(data), "certificate", "statement signatures")
     statement = read_statement(take["statement"])
     signatures = items(take["signatures"], "signatures", 2, 2)
     found = tuple(_signature(one, f"signatures[{at}]") for at, one in enumerate(signatures))
@@ -126,6 +124,11 @@ def verify(certificate: Certificate, keys: Mapping[Role, str]) -> None:
                 source=volume.source_path,
                 target=volume.target_path,
             )
+
+
+def signature_of(data: bytes, role: Role) -> Signature:
+    """Return one end's signature of a certificate in a file. BAD_CUTOVER_CERTIFICATE."""
+    return next(one for one in load(data).signatures if one.role is role)
 
 
 def _check_roles(signatures: tuple[Signature, ...]) -> None:
@@ -184,36 +187,3 @@ def _decode(text: str) -> bytes | None:
         return None
     # Several texts stand for the same bytes (spare bits); only one of them is right.
     return found if base64.b64encode(found).decode() == text else None
-
-
-def _parse(data: bytes) -> object:
-    if len(data) > MAX_CERTIFICATE_BYTES:
-        raise bad("file", f"is larger than {MAX_CERTIFICATE_BYTES} bytes")
-    try:
-        return json.loads(
-            data.decode(),
-            object_pairs_hook=_unique,
-            parse_float=_refuse_number,
-            parse_constant=_refuse_number,
-        )
-    except UnicodeDecodeError as error:
-        raise bad("file", f"is not UTF-8 at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise bad("file", f"is no JSON at line {error.lineno}, column {error.colno}") from error
-    except ValueError as error:  # a number of thousands of digits (sys.set_int_max_str_digits)
-        raise bad("file", "has a number that is too long") from error
-    except RecursionError as error:
-        raise bad("file", "is nested too deep") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise bad("file", f"names {twice[:40]!a} twice")
-    return found
-
-
-def _refuse_number(text: str) -> NoReturn:
-    raise bad("file", f"has the number {text[:20]}, which is no whole one")

@@ -61,6 +61,7 @@ async def serve(config: AgentConfig, *, as_json: bool = False) -> None:
         lambda address: PeerClient(
             open_channel(address, config.tls), address, tls=config.tls.is_on
         ),
+        signer,
     )
     try:
         server = await start_server(config.listen, _services(config, registry), config.tls)

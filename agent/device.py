@@ -197,6 +197,15 @@ def map_data(device: BlockDevice, size_bytes: int, block_size_bytes: int) -> Dir
     return data
 
 
+def device_key(device: BlockDevice) -> tuple[int, int, int]:
+    """Return what a device is on this boot: major, minor and disk sequence; or which file it is."""
+    status = os.fstat(device.fileno())
+    if not device.is_block_device:
+        return status.st_dev, status.st_ino, 0
+    disk = disk_range(status.st_rdev)
+    return os.major(status.st_rdev), os.minor(status.st_rdev), disk.disk_sequence
+
+
 def is_claimed(path: str) -> bool:
     """Return whether a block device is mounted or held; for a file, never known (False).
 

@@ -8,14 +8,13 @@ All calls block: run them on a thread. Never talks to the target.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.device import (
     count_writes,
-    disk_range,
+    device_key,
     identities,
     io_error,
     is_claimed,
@@ -164,12 +163,8 @@ class SourceDisk:
         return ""
 
     def key(self) -> tuple[int, int, int]:
-        """Return what the source is on this boot: major, minor and disk sequence; or a file's."""
-        status = os.fstat(self.device.fileno())
-        if not self.device.is_block_device:
-            return status.st_dev, status.st_ino, 0
-        disk = disk_range(status.st_rdev)
-        return os.major(status.st_rdev), os.minor(status.st_rdev), disk.disk_sequence
+        """Return what the source is on this boot; see `agent.device.device_key`."""
+        return device_key(self.device)
 
     def believe(self, offset_bytes: int, length_bytes: int, digests: bytes) -> None:
         """The target holds the same in this range of whole chunks, as was just read."""

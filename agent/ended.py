@@ -49,6 +49,11 @@ class Ended:
             error=record.error,
         )
 
+    @property
+    def certificate(self) -> str:
+        """What both ends have signed at the cutover; empty if there was none."""
+        return self.record.certificate
+
     def start(self) -> None:
         """Nothing goes on."""
 

@@ -6,10 +6,13 @@ strangers: nothing here raises another exception, and no message holds more than
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 from agent.errors import InvalidArgument
+
+MAX_CERTIFICATE_BYTES = 1 << 20
 
 MAX_TEXT_BYTES = 4096
 """A path's limit (PATH_MAX of Linux); other texts are shorter."""
@@ -72,3 +75,37 @@ def matching(value: object, where: str, form: re.Pattern[str], what: str) -> str
     if not isinstance(value, str) or not form.fullmatch(value):
         raise bad(where, f"is not {what}")
     return value
+
+
+def parse_json(data: bytes) -> object:
+    """Return what a file or message holds. BAD_CUTOVER_CERTIFICATE."""
+    if len(data) > MAX_CERTIFICATE_BYTES:
+        raise bad("file", f"is larger than {MAX_CERTIFICATE_BYTES} bytes")
+    try:
+        return json.loads(
+            data.decode(),
+            object_pairs_hook=_unique,
+            parse_float=_refuse_number,
+            parse_constant=_refuse_number,
+        )
+    except UnicodeDecodeError as error:
+        raise bad("file", f"is not UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise bad("file", f"is no JSON at line {error.lineno}, column {error.colno}") from error
+    except ValueError as error:  # a number of thousands of digits (sys.set_int_max_str_digits)
+        raise bad("file", "has a number that is too long") from error
+    except RecursionError as error:
+        raise bad("file", "is nested too deep") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise bad("file", f"names {twice[:40]!a} twice")
+    return found
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise bad("file", f"has the number {text[:20]}, which is no whole one")

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from agent.device import io_error
 from agent.errors import DataLoss, Unavailable, WarmsyncError
+from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.frame import FrameError
 from native.stream import (
@@ -39,9 +40,14 @@ class Inlet:
         sizes_bytes: Sequence[int],
         connections: int,
         generation: int = 1,
+        written: Sequence[DirtyBitmap] | None = None,
     ) -> None:
         self._receiver = Receiver(
-            devices, sizes_bytes, connections=connections, generation=generation
+            devices,
+            sizes_bytes,
+            connections=connections,
+            generation=generation,
+            written=written,
         )
         self._missing = connections
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inlet")

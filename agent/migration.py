@@ -15,7 +15,7 @@ from agent.errors import InvalidArgument
 if TYPE_CHECKING:
     from agent.errors import WarmsyncError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Version of what agents say to each other; both ends must have the same."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")

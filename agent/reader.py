@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from agent.ahead import run_ahead
 from agent.device import io_error
 from agent.planner import Batch
+from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.buffer import BufferPool
 from native.frame import gather, zeros
@@ -31,10 +32,14 @@ _DIGESTS_AHEAD = 4
 
 @dataclass(frozen=True, slots=True)
 class ReadVolume:
-    """A source device, and its tracker's digest table if it has one."""
+    """A source device; the table of digests that each read fills, and its marks, if there are any.
+
+    See native.frame.gather.
+    """
 
     device: BlockDevice
     digests: Buffer | None
+    stale: DirtyBitmap | None = None
 
 
 class Reader:
@@ -84,6 +89,7 @@ class Reader:
                 generation=generation,
                 sequence=sequence,
                 digests=volume.digests,
+                stale=volume.stale,
             )
 
 

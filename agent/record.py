@@ -13,6 +13,7 @@ from agent.errors import WarmsyncError
 from agent.estimate import Sample
 from agent.migration import (
     CarrierKind,
+    Depth,
     DowntimeParts,
     GuestThrottle,
     Plan,
@@ -47,11 +48,14 @@ class SourceRecord:
     releasing: bool = False
     opening: Sample | None = None
     error: WarmsyncError | None = None
+    certificate: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetRecord:
-    """A session at its target. `generation` is the last that is durable."""
+    """A session at its target. `generation` is the last that is durable; `boot_id` and `devices`
+    are of when it was written down, as a source's are; `certificate` is there once it is released.
+    """
 
     plan: Plan
     secret: str
@@ -60,6 +64,9 @@ class TargetRecord:
     generation: int
     progress: Progress
     error: WarmsyncError | None = None
+    boot_id: str = ""
+    devices: tuple[tuple[int, int, int], ...] = ()
+    certificate: str = ""
 
 
 def dump(record: SourceRecord | TargetRecord) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def load_source(values: dict[str, Any]) -> SourceRecord:
 
 def load_target(values: dict[str, Any]) -> TargetRecord:
     """Return a target's record. ValueError."""
-    return _load(TargetRecord, values)
+    return _load(TargetRecord, values, devices=_pairs)
 
 
 def _load(kind: type[_Record], values: dict[str, Any], **readers: Any) -> _Record:
@@ -106,6 +113,7 @@ def _plan(values: dict[str, Any]) -> Plan:
         "volumes": tuple(Volume(**volume) for volume in values["volumes"]),
         "scheme": Scheme(values["scheme"]),
         "carrier": CarrierKind(values["carrier"]),
+        "verify": Depth(values.get("verify", Depth.NONE)),
         "guest_throttle": None if throttle is None else GuestThrottle(**throttle),
     }
     return Plan(**known)

@@ -35,10 +35,20 @@ from agent.errors import (
     WarmsyncError,
 )
 from agent.journal import Journal
-from agent.migration import PROTOCOL_VERSION, Identity, Plan, Role, Scheme, Totals, check_plan
+from agent.migration import (
+    PROTOCOL_VERSION,
+    Depth,
+    Identity,
+    Plan,
+    Role,
+    Scheme,
+    Totals,
+    check_plan,
+)
 from agent.peer import Peer, SessionRequest, session_token
 from agent.record import SourceRecord, TargetRecord, dump, load_source, load_target
 from agent.sender import Workshop
+from agent.signer import Signer
 from agent.source import Prepared, SourceMigration
 from agent.state import TERMINAL, State
 from agent.store import Store
@@ -50,6 +60,7 @@ from agent.target import (
     session_not_found,
 )
 from agent.tracker.choice import choose_scheme, fit_block, remove_stale
+from agent.witness import Witness
 from native.blockio import BlockDevice
 from native.buffer import BufferPool
 from native.frame import MAX_PAYLOAD_BYTES
@@ -66,8 +77,9 @@ End: TypeAlias = Source | TargetSession
 class Registry:
     """Creates, finds and forgets migrations. `connect` makes the peer of an address."""
 
-    def __init__(self, config: AgentConfig, connect: Callable[[str], Peer]) -> None:
+    def __init__(self, config: AgentConfig, connect: Callable[[str], Peer], signer: Signer) -> None:
         self.config = config
+        self._signer = signer
         self._connect = connect
         threads = config.transfer.threads
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="io")
@@ -91,6 +103,7 @@ class Registry:
         digest = hashlib.sha256(os.path.realpath(config.state_dir).encode()).hexdigest()
         self._pins = Path(config.bpffs_dir) / digest[:12]
         self._volumes = Path(config.state_dir) / "volumes"
+        self._digests = Path(config.state_dir) / "targets"
         self._journal = Journal(Path(config.state_dir))
         self._written: dict[str, SourceRecord] = {}
         self._telling: set[asyncio.Task[None]] = set()
@@ -184,9 +197,16 @@ class Registry:
         going_on = self._tracked()
         for name in remove_stale(self._pins, going_on):
             _log.warning("removed a tracker that an earlier agent left behind name=%s", name)
-        for path in self._volumes.glob("*"):
-            if path.stem not in going_on:
-                path.unlink()
+        open_sessions = {
+            f"{one.id}-{i}"
+            for one in self._targets.values()
+            if not one.is_over
+            for i in range(len(one.snapshot().plan.volumes))
+        }
+        for directory, wanted in ((self._volumes, going_on), (self._digests, open_sessions)):
+            for path in directory.glob("*"):
+                if path.stem not in wanted:
+                    path.unlink()
 
     def _tracked(self) -> set[str]:
         going_on = [one for one in self._sources.values() if isinstance(one, SourceMigration)]
@@ -200,15 +220,40 @@ class Registry:
                 devices = open_devices(record.plan.volumes, self.config.allow_devices)
             except WarmsyncError as error:  # tried again when its source comes back
                 _log.error('target not claimed id=%s reason="%s"', record.plan.id, error)
-        self._targets[record.plan.id] = self._make_session(record, devices)
+        is_open = record.history[-1].state in open_states
+        witness, failure = self._make_witness(record.plan, live=is_open), None
+        try:
+            if record.boot_id == boot_id():
+                witness.resume()
+            elif is_open:
+                witness.start()
+        except WarmsyncError as error:
+            failure = error
+        session = self._make_session(record, devices, witness)
+        self._targets[record.plan.id] = session
+        if failure is not None:
+            session.give_up(failure)
         found = [one for volume in record.plan.volumes for one in _identities(volume.target)]
         if record.history[-1].state not in TERMINAL:
             self._taken[Role.TARGET, record.plan.id] = found
 
-    def _make_session(self, record: TargetRecord, devices: list[BlockDevice]) -> TargetSession:
+    def _make_session(
+        self, record: TargetRecord, devices: list[BlockDevice], witness: Witness
+    ) -> TargetSession:
         return TargetSession(
-            record, devices, self._workshop, self._journal, self.config.allow_devices
+            record,
+            devices,
+            self._workshop,
+            self._journal,
+            self.config.allow_devices,
+            witness,
+            self._signer,
         )
+
+    def _make_witness(self, plan: Plan, *, live: bool = True) -> Witness:
+        stores = [Store(self._digests, f"{plan.id}-{i}") for i in range(len(plan.volumes))]
+        depth = plan.verify if live else Depth.NONE
+        return Witness(depth, plan.volumes, stores, self._threads, self._pool)
 
     def _restore_source(self, record: SourceRecord) -> None:
         name = record.plan.id
@@ -261,6 +306,7 @@ class Registry:
             peer,
             record.secret,
             request,
+            self._signer,
             brake,
             restored=record,
             suspect=suspect,
@@ -276,7 +322,9 @@ class Registry:
     def _make_disk(self, source: OpenSource, scheme: Scheme, plan: Plan, index: int) -> SourceDisk:
         name = f"{plan.id}-{index}"
         store = Store(self._volumes, name)
-        return SourceDisk(source, scheme, plan.block_size_bytes, self._pins / name, store)
+        return SourceDisk(
+            source, scheme, plan.block_size_bytes, self._pins / name, store, plan.verify
+        )
 
     def start(self) -> None:
         """Let the migrations go on that were found again."""
@@ -340,13 +388,18 @@ class Registry:
             devices = await asyncio.to_thread(
                 open_targets, request, self.config.allow_devices, boot_id()
             )
+            record = new_session(request)
+            witness = self._make_witness(record.plan)
             try:
+                await asyncio.to_thread(witness.start)
                 found = [one for device in devices for one in identities(device.path)]
                 self._check_running()
                 self._take(Role.TARGET, request.migration_id, found)
-                session = self._make_session(new_session(request), devices)
+                session = self._make_session(record, devices, witness)
                 session.write_down()
             except BaseException:
+                session = None
+                witness.close()
                 for device in devices:
                     device.close()
                 raise
@@ -428,7 +481,7 @@ class Registry:
         except BaseException as error:
             await self._undo(sources, disks, peer, secret, error)
             raise
-        return Prepared(plan, scheme, reason, disks, peer, secret, request, brake)
+        return Prepared(plan, scheme, reason, disks, peer, secret, request, self._signer, brake)
 
     def _find_brake(self, plan: Plan, sources: list[OpenSource]) -> Brake | None:
         if plan.guest_throttle is None:
@@ -536,6 +589,7 @@ def _request(plan: Plan, sources: list[OpenSource], scheme: Scheme) -> SessionRe
         boot_id=boot_id(),
         volumes=tuple(volumes),
         source_identities=tuple(source.identities for source in sources),
+        verify=plan.verify,
     )
 
 

@@ -139,13 +139,16 @@ class Convergence:
         take_seconds: float,
         *,
         marked_bytes: int | None = None,
+        proof_seconds: float = 0.0,
     ) -> Verdict:
         """Judge what a take found.
 
         `dirty_bytes` are dirty now; `marked_bytes` of them (None: all) were gathered in the
         `since_seconds` since the take before, the others held back by the rounds; `take_seconds`
         is what the take cost, with all that the final take will do as well (flush of the source's
-        page cache, a scan's pass).
+        page cache, a scan's pass); `proof_seconds`: what both ends would still have to read for the
+        proof that they are equal. That grows less by itself, so it delays *converged* but stalls
+        nothing.
         """
         marked = dirty_bytes if marked_bytes is None else min(marked_bytes, dirty_bytes)
         self._looked_at = now_seconds
@@ -156,9 +159,10 @@ class Convergence:
             return Verdict(dirty_bytes, self._rate, None, None, None, False, False, False, "")
         fixed = self._fixed_seconds()
         pending = self._pending_bytes(dirty_bytes, marked, since_seconds)
-        predicted = fixed + self._variable_seconds(pending)
+        sent = fixed + self._variable_seconds(pending)
+        predicted = sent + proof_seconds
         within = predicted <= self._budget
-        self._count(dirty_bytes, within)
+        self._count(dirty_bytes, within, sent <= self._budget)
         stalled = self._slow >= ROUNDS_TO_STALL
         return Verdict(
             dirty_bytes,
@@ -233,8 +237,8 @@ class Convergence:
         rate = max(self._rate or 0.0, self._last_rate, self._throughput())
         return spare * self._throughput() / rate
 
-    def _count(self, dirty_bytes: int, within: bool) -> None:
-        slow = not within and self._left is not None and dirty_bytes * 2 > self._left
+    def _count(self, dirty_bytes: int, within: bool, can_be_sent: bool) -> None:
+        slow = not can_be_sent and self._left is not None and dirty_bytes * 2 > self._left
         self._slow = self._slow + 1 if slow else 0
         self._shrinks = self._left is not None and dirty_bytes < self._left
         self._streak = self._streak + 1 if within else 0

@@ -83,7 +83,7 @@ class Sender:
         self.progress = Progress(total_bytes=total, round_bytes=total, dirty_bytes=total)
         self._workshop = workshop
         self._reader = Reader(
-            [ReadVolume(disk.device, disk.tracker.digests) for disk in disks],
+            [ReadVolume(disk.device, disk.digests, disk.stale) for disk in disks],
             workshop.threads,
             workshop.pool,
             workshop.read_ahead_frames,
@@ -111,7 +111,8 @@ class Sender:
         """Return what carrier these disks ask for."""
         return CarrierRequest(
             devices=[disk.device for disk in self.disks],
-            digests=[disk.tracker.digests for disk in self.disks],
+            digests=[disk.digests for disk in self.disks],
+            stale=[disk.stale for disk in self.disks],
             kind=plan.carrier,
             connections=self._workshop.connections,
             compress=plan.compress,

@@ -14,10 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from agent.brake import Brake
+from agent.certificate import dump as dump_certificate
 from agent.cutover import Cutover, unknown_owner
 from agent.disk import SourceDisk
 from agent.errors import (
     Cancelled,
+    DataLoss,
     FailedPrecondition,
     NotFound,
     ResourceExhausted,
@@ -38,10 +40,12 @@ from agent.migration import (
 )
 from agent.migration import Event as Entered
 from agent.peer import Peer, SessionRequest, session_token
+from agent.proof import SourceProof
 from agent.reconcile import reconcile
 from agent.record import SourceRecord, dump
 from agent.rounds import Convergence, Verdict, sample_of
 from agent.sender import Sender, Workshop
+from agent.signer import Signer
 from agent.state import Event, Machine, State
 from agent.verify import compare_ends
 
@@ -67,6 +71,7 @@ _PASSING = frozenset(
         "CALL_CANCELLED",
         "FRAMES_MISSING",
         "MIGRATION_EXISTS",  # the session that was not found: its secret came damaged
+        "NOT_PROVEN",  # the target's agent was started anew after the proof
         "PEER_INTERNAL",
         "PEER_UNKNOWN",
         "PROTOCOL_ERROR",
@@ -76,6 +81,8 @@ _PASSING = frozenset(
     }
 )
 """What another connection may mend, beside all that is Unavailable: damage on the way."""
+_REFUSALS = frozenset({"NOT_QUIESCED", "COPIES_DIFFER"})
+"""What makes a cutover come to nothing, and syncing go on."""
 _MENDABLE = frozenset({"TARGET_IO_ERROR", "DISK_FULL", "STATE_NOT_KEPT", "TARGET_NOT_CLAIMED"})
 """What a person has to mend at the target: the migration pauses."""
 
@@ -95,6 +102,7 @@ class Prepared:
     peer: Peer
     secret: str
     request: SessionRequest
+    signer: Signer
     brake: Brake | None = None
     restored: SourceRecord | None = None
     suspect: str = ""
@@ -123,6 +131,8 @@ class SourceMigration:
         self._convergence = Convergence(
             plan.max_downtime_seconds, limit_bytes_per_second=plan.limit_bytes_per_second or None
         )
+        self._proof = SourceProof(self._plan, self._sender, workshop)
+        self._certificate = ""
         self._guest = Guest(prepared.brake, plan, self._sender.note)
         self.bell = self._sender.bell
         self._wake = asyncio.Event()
@@ -139,7 +149,7 @@ class SourceMigration:
         """Go on where the agent before this one was."""
         self._machine = Machine.restore(record.history)
         self._epoch, self._tried = record.epoch, 1
-        self._error = record.error
+        self._error, self._certificate = record.error, record.certificate
         self._sender.agree(record.generation)
         progress = record.progress
         pending = sum(disk.pending.count_bytes() for disk in self._prepared.disks)
@@ -183,7 +193,13 @@ class SourceMigration:
             releasing=cutover is not None and cutover.fencing,
             opening=self._opening,
             error=self._error,
+            certificate=self._certificate,
         )
+
+    @property
+    def certificate(self) -> str:
+        """What both ends have signed at the cutover; empty before."""
+        return self._certificate
 
     def write_down(self) -> None:
         """Make what is known of it durable. ResourceExhausted."""
@@ -286,8 +302,16 @@ class SourceMigration:
         await asyncio.shield(self._cutover.done)
 
     def _make_cutover(self, asked_seconds: float) -> Cutover:
+        asked_at = time.time()
+        peer = self._prepared.peer
         return Cutover(
-            self._sender, self._prepared.peer, lambda: self._token, asked_seconds, self.write_down
+            self._sender,
+            peer,
+            lambda: self._token,
+            lambda: self._proof.prove(peer, self._token, asked_at),
+            self._prepared.signer,
+            asked_seconds,
+            self.write_down,
         )
 
     async def _reconverge(self) -> None:
@@ -350,6 +374,7 @@ class SourceMigration:
         except ResourceExhausted as full:
             _log.error('not written down id=%s reason="%s"', self.id, full)
         await self._sender.close()
+        await self._proof.stop()
         await self._sender.on_disks(SourceDisk.detach)
         await self._prepared.peer.close()
         self.bell.ring()
@@ -395,7 +420,7 @@ class SourceMigration:
                 raise FailedPrecondition("SOURCE_LOST", str(error)) from error
             raise
         if resumed.released:
-            await self._hear_of_release()
+            await self._hear_of_release(resumed.certificate)
             return
         if resumed.generation < self._sender.generation:
             await self._forget_target("the target has lost rounds that it had acknowledged")
@@ -403,7 +428,7 @@ class SourceMigration:
         if self.state is State.CUTTING_OVER and not self._wants_cutover:
             await self._stay_owner()
 
-    async def _hear_of_release(self) -> None:
+    async def _hear_of_release(self, certificate: bytes) -> None:
         if not self._is_releasing:
             # By whom? Not by us: what was written since is not there. A person has to decide.
             await self._sender.on_disks(SourceDisk.fence)
@@ -411,6 +436,7 @@ class SourceMigration:
             self._cutover.fencing = self._cutover.releasing = True
             self._cutover.done.cancel()
             raise unknown_owner(self._prepared.peer.address)
+        self._certificate = certificate.decode(errors="replace")
         await self._own_no_more()
 
     async def _reopen(self) -> None:
@@ -472,6 +498,8 @@ class SourceMigration:
         while self.state is not State.CUT_OVER:
             await self._rest()
             async with self._at_rest:
+                if self._doubts:
+                    await self._compare()
                 await (self._try_cutover() if self._wants_cutover else self._sync())
 
     async def _withstand(self, error: WarmsyncError) -> None:
@@ -564,8 +592,11 @@ class SourceMigration:
             taken.since_seconds,
             taken.seconds,
             marked_bytes=taken.marked_bytes,
+            proof_seconds=await self._proof.seconds(self._prepared.peer, self._token),
         )
         self._judge(verdict)
+        budget = self._plan.max_downtime_seconds
+        self._proof.read_ahead(idle=not taken.marked_bytes, budget_seconds=budget)
         if self.state in (State.SYNCING, State.CONVERGED):  # not once paused meanwhile
             await self._guest.ease(verdict, self._plan.max_downtime_seconds)
         if taken.dirty_bytes:
@@ -592,18 +623,24 @@ class SourceMigration:
         await self._guest.release()
         try:
             await self._cutover.run()
-        except FailedPrecondition as error:
-            if error.reason != "NOT_QUIESCED":
+        except (FailedPrecondition, DataLoss) as error:
+            if error.reason not in _REFUSALS:
                 raise
             self._refusal = error
             self._cutover.done.set_exception(error)
             await self._stay_owner()
+            if error.reason == "COPIES_DIFFER":
+                _log.error('copies differ id=%s message="%s"', self.id, error)
+                await self._forget_target("the proof at the cutover failed")
             return
+        if self._cutover.certificate is not None:
+            self._certificate = dump_certificate(self._cutover.certificate).decode()
         # At once: the target owns the disks, and nothing that fails here can change that.
         await self._own_no_more()
 
     async def _stop_sending(self) -> None:
         try:
+            await self._proof.stop()
             await self._sender.on_disks(lambda disk: disk.tracker.stop())
             await self._sender.close()
         except (WarmsyncError, OSError) as error:
@@ -651,6 +688,7 @@ class SourceMigration:
     async def _close(self) -> None:
         await self._guest.release()
         await self._sender.close()
+        await self._proof.stop()
         await self._sender.on_disks(SourceDisk.close)
         await self._prepared.peer.close()
         self.bell.ring()

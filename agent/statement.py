@@ -10,12 +10,11 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Any
 
 from agent.errors import InvalidArgument
-from agent.fields import bad, fields_of, items, matching, number, text
-from agent.migration import check_id
+from agent.fields import bad, fields_of, items, matching, number, parse_json, text
+from agent.migration import Depth, check_id
 from agent.roots import ALGORITHM
 from native.chunk import CHUNK_BYTES, DIGEST_BYTES
 
@@ -24,16 +23,6 @@ MAX_VOLUMES = 1024
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
 _HEX = re.compile(rf"[0-9a-f]{{{2 * DIGEST_BYTES}}}")
-
-
-class Depth(StrEnum):
-    """How much was compared before the target was released."""
-
-    NONE = "none"
-    FINAL = "final"
-    """What the last rounds sent, read back."""
-    FULL = "full"
-    """Every byte: both roots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +124,11 @@ def read_statement(value: object) -> Statement:
         cutover_asked_at=_time(take["cutover_asked_at"], f"{where}.cutover_asked_at"),
         proved_at=_time(take["proved_at"], f"{where}.proved_at"),
     )
+
+
+def parse_statement(data: bytes) -> Statement:
+    """Return the statement in canonical (or other) JSON. BAD_CUTOVER_CERTIFICATE."""
+    return read_statement(parse_json(data))
 
 
 def _volume(value: object, where: str, depth: Depth) -> ProvenVolume:

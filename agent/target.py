@@ -14,7 +14,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 
 from agent.bell import Bell
-from agent.device import identities, io_error, open_device
+from agent.certificate import Certificate, Signature, signature_of, verify
+from agent.certificate import dump as dump_certificate
+from agent.device import boot_id, device_key, identities, io_error, open_device
 from agent.errors import (
     DataLoss,
     FailedPrecondition,
@@ -26,13 +28,16 @@ from agent.errors import (
 )
 from agent.inlet import Inlet
 from agent.journal import Journal
+from agent.migration import Depth, Migration, Plan, Progress, Role, Volume
 from agent.migration import Event as Entered
-from agent.migration import Migration, Plan, Progress, Role, Volume
-from agent.peer import SessionRequest, session_token
+from agent.peer import Proof, SessionRequest, session_token
 from agent.reader import read_digests
 from agent.record import TargetRecord, dump
 from agent.sender import Workshop
+from agent.signer import Signer
 from agent.state import Entry, Event, Machine, State
+from agent.statement import Statement, parse_statement
+from agent.witness import Witness
 from agent.writer import Writer
 from native.blockio import BlockDevice
 from native.stream import Connection
@@ -60,8 +65,15 @@ class TargetSession:
         workshop: Workshop,
         journal: Journal,
         allow_devices: tuple[str, ...],
+        witness: Witness,
+        signer: Signer,
     ) -> None:
         self.bell = Bell()
+        self._witness = witness
+        self._signer = signer
+        self._certificate = record.certificate
+        self._proof: tuple[Proof, ...] | None = None
+        self._boot_id, self._keys = record.boot_id, record.devices
         self._allow_devices = allow_devices
         self._secret = record.secret
         self._epoch = record.epoch
@@ -70,7 +82,7 @@ class TargetSession:
         self._devices = devices
         self._threads = workshop.threads
         self._pool = workshop.pool
-        self._writer = self._make_writer()
+        self._attach()
         self._machine = Machine.restore(record.history)
         self._generation = record.generation
         self._progress = record.progress
@@ -133,6 +145,7 @@ class TargetSession:
         """Return what is known now."""
         released = (State.CUT_OVER, State.COMPLETED)
         progress = self._progress
+        progress = replace(progress, unproved_bytes=self._witness.unread[0])
         if self._inlet is not None:
             received = progress.sent_bytes + self._inlet.received_bytes
             progress = replace(progress, sent_bytes=received)
@@ -159,6 +172,9 @@ class TargetSession:
             self._generation,
             self._progress,
             self._error,
+            self._boot_id,
+            self._keys,
+            self._certificate,
         )
 
     def write_down(self) -> None:
@@ -204,6 +220,7 @@ class TargetSession:
 
     async def _claim_again(self) -> None:
         """Open the devices anew: what was mended, or put in place again, is another device."""
+        await self._witness.stop()
         for device in self._devices:
             device.close()
         self._devices = []
@@ -217,7 +234,21 @@ class TargetSession:
                 f"the target's devices cannot be claimed again: {error}; then resume",
                 **error.values,
             ) from error
-        self._writer = self._make_writer()
+        self._attach()
+
+    def _attach(self) -> None:
+        """Write to the devices that are open now. What is known of others says nothing of them."""
+        keys = tuple(device_key(device) for device in self._devices)
+        if keys and keys != self._keys:
+            if self._keys:
+                self._witness.forget()
+            self._keys = keys
+        self._boot_id = boot_id()
+        self._witness.attach(self._devices)
+        sizes = [volume.size_bytes for volume in self._plan.volumes]
+        self._writer = Writer(
+            self._devices, sizes, self._threads, self._pool, self._witness.written
+        )
 
     def begin_stream(self) -> int:
         """The source starts to send; returns the stream's number. FailedPrecondition."""
@@ -238,7 +269,9 @@ class TargetSession:
         if self._inlet is not None:
             self._inlet.stop()
         sizes = [volume.size_bytes for volume in self._plan.volumes]
-        self._inlet = Inlet(self._devices, sizes, connections, self._generation + 1)
+        self._inlet = Inlet(
+            self._devices, sizes, connections, self._generation + 1, self._witness.written
+        )
         return self._inlet
 
     def receive(self, inlet: Inlet, connection: Connection, index: int) -> None:
@@ -284,6 +317,8 @@ class TargetSession:
         self._check_sizes()
         seconds = await self._writer.flush()
         self._check_receiving(stream)
+        self._proof = None
+        self._witness.note_durable()
         self._generation = generation
         self._progress = replace(self._progress, rounds=self._progress.rounds + 1)
         if self.state is State.SEEDING:
@@ -319,10 +354,52 @@ class TargetSession:
         )
         self.bell.ring()
 
-    def release(self, generation: int) -> None:
-        """Hand over: the claim is dropped so that the VM can boot. May be repeated."""
+    @property
+    def certificate(self) -> str:
+        """What both have signed, once it is released; empty before."""
+        return self._certificate
+
+    async def prove(self, generation: int) -> tuple[Proof, ...]:
+        """Return what was read back of each volume, all after this generation and no later one."""
+        self._check_releasable(generation)
+        if self._proof is None:
+            try:
+                proof = await self._witness.prove()
+            except OSError as error:
+                raise io_error("target", error) from error
+            except ValueError as error:  # the devices were closed meanwhile
+                raise self._error or _not_open(self.id, self.state) from error
+            self._check_releasable(generation)
+            self._proof = proof
+        return self._proof
+
+    def release(self, generation: int, statement: bytes, signature: Signature) -> Signature:
+        """Hand over: the claim is dropped so that the VM can boot. May be repeated.
+
+        `statement` is what the source has signed; returns this end's signature. FailedPrecondition
+        NOT_PROVEN unless it says what was read back here, and nothing was written since.
+        """
         if self.state is State.CUT_OVER:
-            return
+            return signature_of(self._certificate.encode(), Role.TARGET)
+        self._check_releasable(generation)
+        if self._inlet is not None:
+            # Its threads wait for the source: nothing is being written, so this takes no time.
+            self._inlet.join()
+        said = parse_statement(statement)
+        self._check_statement(said)
+        own = self._signer.sign(said, Role.TARGET)
+        certificate = Certificate(said, (signature, own))
+        verify(certificate, {})
+        self._certificate = dump_certificate(certificate).decode()
+        try:
+            self._move(Event.CUT_OVER, Event.RELEASE)
+        except ResourceExhausted:
+            self._certificate = ""
+            raise
+        self._close()
+        return own
+
+    def _check_releasable(self, generation: int) -> None:
         if self.state is not State.SYNCING or generation != self._generation:
             raise FailedPrecondition(
                 "NOT_RELEASABLE",
@@ -331,11 +408,30 @@ class TargetSession:
                 id=self.id,
                 generation=self._generation,
             )
-        if self._inlet is not None:
-            # Its threads wait for the source: nothing is being written, so this takes no time.
-            self._inlet.join()
-        self._move(Event.CUT_OVER, Event.RELEASE)
-        self._close()
+
+    def _check_statement(self, said: Statement) -> None:
+        """What this end signs is what it knows: its own bytes, read back after the last write."""
+        volumes = zip(self._plan.volumes, said.volumes, self._proof or (), strict=False)
+        full = self._plan.verify is Depth.FULL
+        if (
+            self._proof is None
+            or not self._witness.is_settled
+            or (said.migration, said.generation) != (self.id, self._generation)
+            or said.depth is not self._plan.verify
+            or len(said.volumes) != len(self._plan.volumes)
+            or not all(
+                (one.target_path, one.size_bytes) == (volume.target, volume.size_bytes)
+                and one.compared_bytes == proof.compared_bytes
+                and one.target_root == (proof.root if full else None)
+                for volume, one, proof in volumes
+            )
+        ):
+            raise FailedPrecondition(
+                "NOT_PROVEN",
+                f"what the source says of migration {self.id} is not what was read back here; "
+                "cut over again",
+                id=self.id,
+            )
 
     def abort(self, reason: str, *, cancelled: bool) -> None:
         """Give up: released and marked incomplete. May be repeated; not after the release."""
@@ -387,8 +483,18 @@ class TargetSession:
         if self._devices and not self.state.is_terminal:
             # What is found equal counts as durable from then on.
             await self._writer.flush()
-        async for item in self._digests(volume):
+        live = bool(self._devices) and self._plan.verify is not Depth.NONE
+        async for item in self._digests(volume, live=live):
             yield item
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will be received any more."""
+        return self.state.is_terminal or self.state is State.CUT_OVER
+
+    def give_up(self, error: WarmsyncError) -> None:
+        """End it with an error."""
+        self._fail(error)
 
     def check(self) -> None:
         """Raise what ended the session, if anything has."""
@@ -400,19 +506,29 @@ class TargetSession:
     def close(self) -> None:
         """The agent stops: what is written down goes on with its next start."""
         self._stream += 1
-        self._close()
+        self._close(keep=True)
+
+    @property
+    def unread(self) -> tuple[int, float]:
+        """The bytes that a proof would have to read back now, and how many a second can be."""
+        return self._witness.unread
 
     async def ended(self) -> None:
-        """Wait until nothing is being written any more, after `close`."""
+        """Wait until nothing is being written or read back any more, after `close`."""
+        await self._witness.stop()
         if self._inlet is not None:
             await self._inlet.ended()
 
-    async def _digests(self, volume: int) -> AsyncGenerator[tuple[int, bytes], None]:
+    async def _digests(self, volume: int, *, live: bool) -> AsyncGenerator[tuple[int, bytes], None]:
         spec = self._plan.volumes[volume]
         device = await asyncio.get_running_loop().run_in_executor(
             self._threads, BlockDevice, spec.target
         )
-        steps = read_digests(device, spec.size_bytes, self._pool, self._threads)
+        steps = (
+            self._witness.digests(volume, device)
+            if live
+            else read_digests(device, spec.size_bytes, self._pool, self._threads)
+        )
         try:
             async for step in steps:
                 yield step
@@ -421,10 +537,6 @@ class TargetSession:
         finally:
             await steps.aclose()
             device.close()
-
-    def _make_writer(self) -> Writer:
-        sizes = [volume.size_bytes for volume in self._plan.volumes]
-        return Writer(self._devices, sizes, self._threads, self._pool)
 
     def _check_open(self) -> None:
         open_states = (State.PENDING, State.SEEDING, State.SYNCING)
@@ -475,13 +587,16 @@ class TargetSession:
             _log.error('not written down id=%s reason="%s"', self.id, full)
         _log.error('target failed id=%s reason=%s message="%s"', self.id, error.reason, error)
 
-    def _close(self) -> None:
+    def _close(self, *, keep: bool = False) -> None:
+        """Give the devices back; `keep` what was read back, for the next start."""
         self._stop_waiting()
         if self._inlet is not None:
             self._inlet.stop()
         for device in self._devices:
             device.close()
         self._devices = []  # no stream may begin any more
+        if not keep:
+            self._witness.close()
 
     def _move(self, *events: Event) -> None:
         """Move, and write it down: only then may it be told. Not written down, it is undone."""
@@ -500,7 +615,7 @@ class TargetSession:
 def new_session(request: SessionRequest) -> TargetRecord:
     """Return the record of a session that begins."""
     return TargetRecord(
-        plan=Plan(request.migration_id, "", request.volumes),
+        plan=Plan(request.migration_id, "", request.volumes, verify=request.verify),
         secret=secrets.token_urlsafe(24),
         epoch=1,
         history=(Entry(State.PENDING, time.time()),),
@@ -523,13 +638,13 @@ def _not_open(name: str, state: State) -> FailedPrecondition:
 
 
 def open_targets(
-    request: SessionRequest, allowed: tuple[str, ...], boot_id: str
+    request: SessionRequest, allowed: tuple[str, ...], own_boot_id: str
 ) -> list[BlockDevice]:
     """Check and claim the target devices of a session, all or none. The domain's errors.
 
-    Blocking. `boot_id` is this host's: if the source's is the same, both share the devices.
+    Blocking. A source with this host's boot id shares the devices with it.
     """
-    if request.boot_id == boot_id:
+    if request.boot_id == own_boot_id:
         for volume in request.volumes:
             _check_distinct(volume, request)
     return open_devices(request.volumes, allowed)

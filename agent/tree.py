@@ -142,14 +142,17 @@ class DigestTree:
         self.stale.set_range(offset_bytes, length_bytes)
         self.read(device, offset_bytes, length_bytes, scratch)
         at = offset_bytes // CHUNK_BYTES * DIGEST_BYTES
-        return bytes(memoryview(self._table)[at : at + -(-length_bytes // CHUNK_BYTES) * DIGEST_BYTES])
+        return bytes(
+            memoryview(self._table)[at : at + -(-length_bytes // CHUNK_BYTES) * DIGEST_BYTES]
+        )
 
     def skip_holes(self, device: BlockDevice) -> None:
         """Enter what the file system says are holes; asked only where much is stale. OSError."""
         if self.count_unread() < _SPARSE_BYTES:
             return
-        asked, data = DirtyBitmap(self.size_bytes, CHUNK_BYTES), DirtyBitmap(
-            self.size_bytes, CHUNK_BYTES
+        asked, data = (
+            DirtyBitmap(self.size_bytes, CHUNK_BYTES),
+            DirtyBitmap(self.size_bytes, CHUNK_BYTES),
         )
         asked.merge(self.stale)
         # As for a read: first the marks are cleared, so that what changes meanwhile is marked anew.
@@ -246,4 +249,3 @@ class KeptTree(DigestTree):
 
     def close(self) -> None:
         """The table is the tracker's."""
-

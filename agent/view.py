@@ -24,6 +24,7 @@ PARTS = (
     "send_seconds",
     "target_flush_seconds",
     "check_seconds",
+    "verify_seconds",
     "release_seconds",
 )
 
@@ -68,6 +69,7 @@ def describe(migration: Migration) -> dict[str, Any]:
         "max_downtime_seconds": migration.max_downtime_seconds,
         "bandwidth_limit_bytes_per_second": migration.bandwidth_limit_bytes_per_second,
         "reuse_target": migration.reuse_target,
+        "verify": _short(migration_pb2.Verify, migration.verify, "VERIFY_").lower(),
         "guest_throttle": _guest_throttle(migration),
         "incomplete": migration.incomplete,
         "error": _status(migration, "error"),
@@ -104,6 +106,7 @@ def _progress(migration: Migration) -> dict[str, Any]:
         "resumes": progress.resumes,
         "resumed_saved_bytes": progress.resumed_saved_bytes,
         "reconciled_bytes": progress.reconciled_bytes,
+        "unproved_bytes": progress.unproved_bytes,
     }
 
 
@@ -188,6 +191,8 @@ def _measurements(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Resumed", f"{shown['resumes']} times; the last saved sending {saved} again"
     if shown["reconciled_bytes"]:
         yield "Reconciled", f"{format_bytes(shown['reconciled_bytes'])} were equal and not sent"
+    if shown["unproved_bytes"]:
+        yield "Unproved", f"{format_bytes(shown['unproved_bytes'])} are to be read back"
     if shown["trouble"]:
         yield "Trouble", shown["trouble"]
     if shown["suspect_volumes"]:

@@ -57,6 +57,11 @@ class Witness:
         unread = self._prover.unread_bytes if self.depth is Depth.FULL else 0
         return unread, self._prover.rate_bytes_per_second
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing was written since the last generation that is durable."""
+        return not any(written.count() for written in self._written)
+
     def start(self) -> None:
         """Begin with nothing known. Blocking. ResourceExhausted STATE_DIR_FULL."""
         if self.depth is Depth.NONE:

@@ -11,6 +11,7 @@ from concurrent.futures import Executor
 
 from agent.device import io_error
 from agent.errors import DataLoss
+from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.buffer import BufferPool
 from native.frame import FrameError, route, scatter
@@ -25,7 +26,9 @@ class Writer:
         sizes_bytes: list[int],
         threads: Executor,
         pool: BufferPool,
+        written: list[DirtyBitmap] | None = None,
     ) -> None:
+        self._written = written
         self._devices = devices
         self._sizes_bytes = sizes_bytes
         self._threads = threads
@@ -70,5 +73,6 @@ class Writer:
                 size_bytes=self._sizes_bytes[volume],
                 volume=volume,
                 generation=generation,
+                written=None if self._written is None else self._written[volume],
             )
         return sequence

@@ -81,9 +81,9 @@ class Connection:
 class Sender:
     """The source's end of the connections of one session. One call at a time, but for the controls.
 
-    `devices`, `digests` (or None) and `stale` (see native.frame.gather) are those of the volumes, by
-    index; takes the connections over. Memory: about 1.3 MiB a connection, as much again with `compress`. `ring`: read scattered
-    blocks many at once (io_uring) where the kernel can. A target that takes nothing for
+    `devices`, `digests` (or None) and `stale` (see native.frame.gather) are those of the volumes,
+    by index; takes the connections over. Memory: about 1.3 MiB a connection, as much again with
+    `compress`. `ring`: read scattered blocks many at once (io_uring) where the kernel can. A target that takes nothing for
     `patience_seconds`, or does not acknowledge for `ack_seconds`, is lost (0: never).
     """
 
@@ -130,7 +130,8 @@ class Receiver:
     """The target's end of the connections of one session: verifies and writes, a thread each.
 
     Holds the devices open until `join`. `sizes_bytes` bound what is written; extents are marked in
-    `written` before they are. `generation` is the first that is taken. Memory: 1.2 MiB a connection, 2.2 MiB with compressed frames.
+    `written` before they are. `generation` is the first that is taken. Memory: 1.2 MiB a
+    connection, 2.2 MiB with compressed frames.
     """
 
     def __init__(

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CarrierRequest:
-    """What a source wants of a carrier; `digests` are the tables that its reads must fill."""
+    """What a source wants of a carrier; `digests` are the tables that its reads must fill, `stale`
+    their marks (see native.frame.gather).
+    """
 
     devices: Sequence[BlockDevice]
     digests: Sequence[Buffer | None]
+    stale: Sequence[DirtyBitmap | None] | None = None
     kind: CarrierKind = CarrierKind.AUTO
     connections: int = 4
     compress: bool = False

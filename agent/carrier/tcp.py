@@ -191,7 +191,13 @@ async def connect(offer: Offer, request: CarrierRequest, explain: Explain) -> Tc
                 connection.close()
             raise _unreachable(offer, result) from result
     detail = f"{len(connections)} connections, {connections[0].description}"
-    sender = Sender(connections, request.devices, request.digests, compress=request.compress)
+    sender = Sender(
+        connections,
+        request.devices,
+        request.digests,
+        stale=request.stale,
+        compress=request.compress,
+    )
     return TcpCarrier(sender, detail, explain)
 
 

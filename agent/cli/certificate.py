@@ -11,18 +11,22 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import click
+import grpc.aio
 from rich.console import Console
+from warmsync.v1 import migration_service_pb2 as service_pb
+from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
 
-from agent.certificate import MAX_CERTIFICATE_BYTES, Certificate, fingerprint, load, parse_key
+from agent.certificate import Certificate, fingerprint, load, parse_key
 from agent.certificate import verify as verify_certificate
-from agent.cli.connection import json_option
+from agent.cli.connection import DEADLINE_SECONDS, Agent, agent_options, json_option
 from agent.cli.failure import CommandFailed
-from agent.cli.types import Parsed
+from agent.cli.types import NAME, Parsed
 from agent.display import ShareDisplay
 from agent.errors import DataLoss, FailedPrecondition, WarmsyncError
+from agent.fields import MAX_CERTIFICATE_BYTES
 from agent.imprint import read_root
-from agent.migration import Role
-from agent.statement import Depth, ProvenVolume, Statement
+from agent.migration import Depth, Role
+from agent.statement import ProvenVolume, Statement
 from agent.units import format_bytes
 
 KEY = Parsed("key", parse_key)
@@ -33,6 +37,24 @@ Compared = tuple[str, int, bytes]
 @click.group()
 def certificate() -> None:
     """Check the certificates of cutovers."""
+
+
+@certificate.command()
+@agent_options
+@click.argument("name", type=NAME, metavar="ID")
+def show(agent: Agent, name: str) -> None:
+    """Print the certificate of a migration that was cut over, as a file for `verify`.
+
+    Either of its two agents has it, until the migration is deleted there.
+    """
+
+    async def work(channel: grpc.aio.Channel) -> bytes:
+        request = service_pb.GetCutoverCertificateRequest(name=name)
+        stub = MigrationServiceStub(channel)
+        answer = await stub.GetCutoverCertificate(request, timeout=DEADLINE_SECONDS)
+        return bytes(answer.certificate)
+
+    click.echo(agent.run(work), nl=False)
 
 
 @certificate.command()

@@ -24,6 +24,7 @@ TRACKERS = {
     "scan": pb.TRACKER_SCAN,
 }
 CARRIERS = {"auto": pb.CARRIER_UNSPECIFIED, "tcp": pb.CARRIER_TCP, "grpc": pb.CARRIER_GRPC}
+DEPTHS = {"none": pb.VERIFY_NONE, "final": pb.VERIFY_FINAL, "full": pb.VERIFY_FULL}
 COMPRESSIONS = {"none": pb.COMPRESSION_NONE, "zstd": pb.COMPRESSION_ZSTD}
 
 
@@ -80,6 +81,13 @@ COMPRESSIONS = {"none": pb.COMPRESSION_NONE, "zstd": pb.COMPRESSION_ZSTD}
     "--reuse-target",
     is_flag=True,
     help="The target holds an older copy: compare first, and send only what differs.",
+)
+@click.option(
+    "--verify",
+    type=click.Choice(list(DEPTHS)),
+    default="full",
+    show_default=True,
+    help="What is compared at the cutover: every byte, the last round's, or nothing.",
 )
 @click.option(
     "--guest-cgroup",
@@ -169,6 +177,7 @@ def _message(
     carrier: str,
     compression: str,
     reuse_target: bool,
+    verify: str,
     guest_cgroup: str | None,
     guest_least_rate: int | None,
 ) -> pb.Migration:
@@ -187,6 +196,7 @@ def _message(
         carrier=CARRIERS[carrier],
         compression=COMPRESSIONS[compression],
         reuse_target=reuse_target,
+        verify=DEPTHS[verify],
         guest_throttle=_guest_throttle(guest_cgroup, guest_least_rate),
     )
 

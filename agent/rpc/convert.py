@@ -9,6 +9,7 @@ from agent.errors import InvalidArgument
 from agent.migration import (
     CarrierKind,
     Comparison,
+    Depth,
     GuestThrottle,
     Migration,
     Plan,
@@ -37,6 +38,13 @@ _CARRIER_KINDS = {
     migration_pb2.CARRIER_GRPC: CarrierKind.GRPC,
     migration_pb2.CARRIER_TCP: CarrierKind.TCP,
 }
+DEPTHS = {
+    migration_pb2.VERIFY_UNSPECIFIED: Depth.FULL,
+    migration_pb2.VERIFY_NONE: Depth.NONE,
+    migration_pb2.VERIFY_FINAL: Depth.FINAL,
+    migration_pb2.VERIFY_FULL: Depth.FULL,
+}
+VERIFIES = {depth: number for number, depth in DEPTHS.items()}
 _STATES: dict[str, migration_pb2.State] = {
     value.name.removeprefix("STATE_"): getattr(migration_pb2, value.name)
     for value in migration_pb2.State.DESCRIPTOR.values
@@ -66,6 +74,10 @@ def to_plan(request: migration_service_pb2.CreateMigrationRequest, chosen_id: st
         raise InvalidArgument(
             "INVALID_CARRIER", f"there is no carrier {wanted.carrier}; use auto, tcp or grpc"
         )
+    if wanted.verify not in DEPTHS:
+        raise InvalidArgument(
+            "INVALID_VERIFY", f"there is no depth {wanted.verify}; use none, final or full"
+        )
     return Plan(
         id=request.migration_id or chosen_id,
         peer=wanted.peer,
@@ -79,6 +91,7 @@ def to_plan(request: migration_service_pb2.CreateMigrationRequest, chosen_id: st
         limit_bytes_per_second=wanted.bandwidth_limit_bytes_per_second,
         carrier=carrier,
         reuse_target=wanted.reuse_target,
+        verify=DEPTHS[wanted.verify],
         compress=wanted.compression == migration_pb2.COMPRESSION_ZSTD,
         guest_throttle=_to_throttle(wanted.guest_throttle)
         if wanted.HasField("guest_throttle")
@@ -110,6 +123,7 @@ def to_message(migration: Migration) -> migration_pb2.Migration:
         incomplete=migration.incomplete,
         carrier_detail=migration.carrier_detail,
         reuse_target=plan.reuse_target,
+        verify=VERIFIES[plan.verify],
         compression=migration_pb2.COMPRESSION_ZSTD
         if plan.compress
         else migration_pb2.COMPRESSION_NONE,
@@ -165,6 +179,7 @@ def _progress(progress: Progress) -> migration_pb2.Progress:
         resumes=progress.resumes,
         resumed_saved_bytes=progress.resumed_saved_bytes,
         reconciled_bytes=progress.reconciled_bytes,
+        unproved_bytes=progress.unproved_bytes,
     )
     if progress.downtime_seconds is not None:
         message.downtime_parts.CopyFrom(
@@ -175,6 +190,7 @@ def _progress(progress: Progress) -> migration_pb2.Progress:
                 send_seconds=parts.send,
                 target_flush_seconds=parts.target_flush,
                 check_seconds=parts.check,
+                verify_seconds=parts.verify,
                 release_seconds=parts.release,
             )
         )

@@ -13,7 +13,7 @@ from google.protobuf.empty_pb2 import Empty
 from warmsync.v1 import migration_pb2, migration_service_pb2_grpc
 from warmsync.v1 import migration_service_pb2 as pb
 
-from agent.errors import InvalidArgument
+from agent.errors import FailedPrecondition, InvalidArgument
 from agent.registry import Registry, Source
 from agent.rpc.convert import id_of, to_comparison, to_message, to_plan
 
@@ -146,6 +146,21 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
     ) -> migration_pb2.Migration:
         """End a migration that was cut over."""
         return await self._finish(request.name, "finish")
+
+    async def GetCutoverCertificate(
+        self, request: pb.GetCutoverCertificateRequest, context: Any
+    ) -> pb.GetCutoverCertificateResponse:
+        """Return what both agents have signed."""
+        end = self._registry.get(id_of(request.name))
+        if not end.certificate:
+            raise FailedPrecondition(
+                "NO_CERTIFICATE",
+                f"migration {end.id} is {end.state}: both agents sign a certificate when it is "
+                "cut over",
+                id=end.id,
+                state=end.state,
+            )
+        return pb.GetCutoverCertificateResponse(certificate=end.certificate.encode())
 
     async def VerifyMigration(
         self, request: pb.VerifyMigrationRequest, context: Any

@@ -13,9 +13,11 @@ from agent.address import parse_address
 from agent.carrier import Carrier, CarrierRequest
 from agent.carrier.grpc import GrpcCarrier
 from agent.carrier.tcp import Offer, connect
+from agent.certificate import Signature
 from agent.errors import FailedPrecondition, Unavailable
-from agent.migration import CarrierKind, Identity, Volume
-from agent.peer import Resumed, SessionRequest
+from agent.migration import CarrierKind, Identity, Role, Volume
+from agent.peer import Proof, Resumed, SessionRequest, TargetProof, Unread
+from agent.rpc.convert import VERIFIES
 from agent.rpc.errors import calling, from_rpc_error
 
 _log = logging.getLogger(__name__)
@@ -24,6 +26,9 @@ NO_DATA_CONNECTION = frozenset({"CARRIER_UNAVAILABLE", "DATA_PORT_UNREACHABLE"})
 """Reasons for which `auto` falls back to grpc."""
 
 EXPLAIN_SECONDS = 5.0
+PROVE_SECONDS = 3600.0
+"""What was not read back while the guest ran is read then: a whole disk, if the cutover is forced
+early."""
 CALL_SECONDS = 30.0
 """Opening includes claiming devices; the release a last flush: still quick."""
 
@@ -48,6 +53,7 @@ class PeerClient:
             migration_id=request.migration_id,
             protocol_version=request.protocol_version,
             boot_id=request.boot_id,
+            verify=VERIFIES[request.verify],
             volumes=[
                 _volume(volume, known)
                 for volume, known in zip(request.volumes, request.source_identities, strict=True)
@@ -62,7 +68,7 @@ class PeerClient:
         request = pb.ResumeSessionRequest(session_secret=secret, epoch=epoch)
         with calling(self._address):
             answer = await self._stub.ResumeSession(request, timeout=CALL_SECONDS)
-        return Resumed(answer.generation, answer.released)
+        return Resumed(answer.generation, answer.released, answer.certificate)
 
     async def open_carrier(self, token: str, request: CarrierRequest) -> Carrier:
         """See `agent.peer.Peer`."""
@@ -111,11 +117,37 @@ class PeerClient:
             async for answer in self._stub.DigestVolume(request):
                 yield answer.offset_bytes, answer.digests
 
-    async def release(self, token: str, generation: int) -> None:
+    async def unread(self, token: str) -> Unread:
         """See `agent.peer.Peer`."""
-        request = pb.ReleaseSessionRequest(session_token=token, generation=generation)
+        request = pb.CheckSessionRequest(session_token=token)
         with calling(self._address):
-            await self._stub.ReleaseSession(request, timeout=CALL_SECONDS)
+            answer = await self._stub.CheckSession(request, timeout=CALL_SECONDS)
+        return Unread(answer.unread_bytes, max(answer.read_bytes_per_second, 1.0))
+
+    async def prove(self, token: str, generation: int) -> TargetProof:
+        """See `agent.peer.Peer`."""
+        request = pb.ProveSessionRequest(session_token=token, generation=generation)
+        with calling(self._address):
+            answer = await self._stub.ProveSession(request, timeout=PROVE_SECONDS)
+        volumes = tuple(Proof(one.compared_bytes, one.root) for one in answer.volumes)
+        return TargetProof(volumes, answer.host, answer.agent_version)
+
+    async def release(
+        self, token: str, generation: int, statement: bytes, signature: Signature
+    ) -> Signature:
+        """See `agent.peer.Peer`."""
+        request = pb.ReleaseSessionRequest(
+            session_token=token,
+            generation=generation,
+            statement=statement,
+            signature=pb.AgentSignature(
+                public_key=signature.public_key, signature=signature.signature
+            ),
+        )
+        with calling(self._address):
+            answer = await self._stub.ReleaseSession(request, timeout=CALL_SECONDS)
+        theirs = answer.signature
+        return Signature(Role.TARGET, theirs.public_key, theirs.signature)
 
     async def abort(self, token: str, reason: str, *, cancelled: bool) -> None:
         """See `agent.peer.Peer`."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import partial
@@ -17,12 +18,15 @@ from warmsync.v1 import peer_service_pb2_grpc
 
 from agent.carrier.grpc import WINDOW_FRAMES
 from agent.carrier.wire import decode
+from agent.certificate import Signature
 from agent.errors import DataLoss, FailedPrecondition, InvalidArgument, WarmsyncError
-from agent.migration import Identity, Volume
+from agent.migration import Depth, Identity, Role, Volume
 from agent.peer import SessionRequest
 from agent.registry import Registry
+from agent.rpc.convert import DEPTHS
 from agent.state import State
 from agent.target import TargetSession
+from agent.version import agent_version
 
 
 class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
@@ -45,7 +49,10 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         session = self._registry.session_of(request.session_secret)
         generation = await session.resume(request.session_secret, request.epoch)
         released = session.state in (State.CUT_OVER, State.COMPLETED)
-        return pb.ResumeSessionResponse(generation=generation, released=released)
+        certificate = session.certificate.encode() if released else b""
+        return pb.ResumeSessionResponse(
+            generation=generation, released=released, certificate=certificate
+        )
 
     async def Transfer(
         self, requests: AsyncIterator[pb.TransferRequest | memoryview], context: Any
@@ -91,9 +98,11 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
     async def CheckSession(
         self, request: pb.CheckSessionRequest, context: Any
     ) -> pb.CheckSessionResponse:
-        """Fail with what ended the session."""
-        self._registry.session(request.session_token).check()
-        return pb.CheckSessionResponse()
+        """Fail with what ended the session; say what a proof would cost."""
+        session = self._registry.session(request.session_token)
+        session.check()
+        unread, rate = session.unread
+        return pb.CheckSessionResponse(unread_bytes=unread, read_bytes_per_second=rate)
 
     async def DigestVolume(
         self, request: pb.DigestVolumeRequest, context: Any
@@ -103,12 +112,32 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         async for offset, digests in session.digests(request.volume):
             yield pb.DigestVolumeResponse(offset_bytes=offset, digests=digests)
 
+    async def ProveSession(
+        self, request: pb.ProveSessionRequest, context: Any
+    ) -> pb.ProveSessionResponse:
+        """Read back what was not, and say what is there."""
+        proofs = await self._registry.session(request.session_token).prove(request.generation)
+        return pb.ProveSessionResponse(
+            volumes=[
+                pb.VolumeProof(compared_bytes=one.compared_bytes, root=one.root) for one in proofs
+            ],
+            host=socket.gethostname(),
+            agent_version=agent_version(),
+        )
+
     async def ReleaseSession(
         self, request: pb.ReleaseSessionRequest, context: Any
     ) -> pb.ReleaseSessionResponse:
         """Hand the target over."""
-        self._registry.session(request.session_token).release(request.generation)
-        return pb.ReleaseSessionResponse()
+        theirs = request.signature
+        own = self._registry.session(request.session_token).release(
+            request.generation,
+            request.statement,
+            Signature(Role.SOURCE, theirs.public_key, theirs.signature),
+        )
+        return pb.ReleaseSessionResponse(
+            signature=pb.AgentSignature(public_key=own.public_key, signature=own.signature)
+        )
 
     async def AbortSession(
         self, request: pb.AbortSessionRequest, context: Any
@@ -257,5 +286,10 @@ def _session_request(request: pb.OpenSessionRequest) -> SessionRequest:
         for volume in request.volumes
     )
     return SessionRequest(
-        request.migration_id, request.protocol_version, request.boot_id, volumes, known
+        request.migration_id,
+        request.protocol_version,
+        request.boot_id,
+        volumes,
+        known,
+        DEPTHS.get(request.verify, Depth.FULL),
     )

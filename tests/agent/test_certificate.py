@@ -12,7 +12,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from agent.certificate import (
-    MAX_CERTIFICATE_BYTES,
     Certificate,
     dump,
     fingerprint,
@@ -22,6 +21,7 @@ from agent.certificate import (
     verify,
 )
 from agent.errors import InvalidArgument, WarmsyncError
+from agent.fields import MAX_CERTIFICATE_BYTES
 from agent.migration import Role
 from agent.statement import Depth, End, ProvenVolume, canonical, format_time
 from tests.agent.certificates import ROOT, certificate, sign, signer, statement
