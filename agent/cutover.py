@@ -39,6 +39,7 @@ class Cutover:
         sender: Sender,
         peer: Peer,
         token: Callable[[], str],
+        *,
         prove: Callable[[], Awaitable[Statement]],
         signer: Signer,
         asked_seconds: float | None = None,

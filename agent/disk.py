@@ -77,6 +77,7 @@ class SourceDisk:
         block_size_bytes: int,
         pin_dir: Path,
         store: Store | None = None,
+        *,
         verify: Depth = Depth.NONE,
     ) -> None:
         size_bytes = source.volume.size_bytes

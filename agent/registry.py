@@ -246,8 +246,8 @@ class Registry:
             self._workshop,
             self._journal,
             self.config.allow_devices,
-            witness,
-            self._signer,
+            witness=witness,
+            signer=self._signer,
         )
 
     def _make_witness(self, plan: Plan, *, live: bool = True) -> Witness:
@@ -323,7 +323,7 @@ class Registry:
         name = f"{plan.id}-{index}"
         store = Store(self._volumes, name)
         return SourceDisk(
-            source, scheme, plan.block_size_bytes, self._pins / name, store, plan.verify
+            source, scheme, plan.block_size_bytes, self._pins / name, store, verify=plan.verify
         )
 
     def start(self) -> None:

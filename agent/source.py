@@ -308,10 +308,10 @@ class SourceMigration:
             self._sender,
             peer,
             lambda: self._token,
-            lambda: self._proof.prove(peer, self._token, asked_at),
-            self._prepared.signer,
-            asked_seconds,
-            self.write_down,
+            prove=lambda: self._proof.prove(peer, self._token, asked_at),
+            signer=self._prepared.signer,
+            asked_seconds=asked_seconds,
+            write_down=self.write_down,
         )
 
     async def _reconverge(self) -> None:

@@ -65,6 +65,7 @@ class TargetSession:
         workshop: Workshop,
         journal: Journal,
         allow_devices: tuple[str, ...],
+        *,
         witness: Witness,
         signer: Signer,
     ) -> None:

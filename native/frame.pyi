@@ -64,8 +64,8 @@ def gather(
     chunk.DIGEST_BYTES for each chunk.CHUNK_BYTES of the device, the digest of each chunk is stored
     as it was read, zero chunks as ZERO_DIGEST; extents must then start and end on chunk borders
     (or at the end of the device), else ValueError. With `stale` as well (blocks of chunks), extents
-    may be anything: whole chunks are entered and their marks cleared, others left alone. The table then says what was read, not what
-    arrived: a frame that is not delivered must be sent again, whatever a scan says.
+    may be anything: whole chunks are entered and their marks cleared, others left alone. The table
+    then says what was read, not what arrived: a frame that is not delivered must be sent again, whatever a scan says.
     ValueError for extents that do not ascend, overlap, are empty or together longer than
     MAX_PAYLOAD_BYTES. OSError from the device.
     """
@@ -95,7 +95,9 @@ def scatter(
     generation: int,
     written: DirtyBitmap | None = None,
 ) -> Applied:
-    """Verify the frame, then mark its extents in `written`, then write it. Nothing is written unless all of it is valid.
+    """Verify the frame, then mark its extents in `written`, then write it.
+
+    Nothing is written unless all of it is valid.
 
     FrameError if it is damaged, of another volume or generation, or reaches beyond `size_bytes`
     (the volume's size, which may be less than the device's), or has extents that are not on borders

@@ -19,18 +19,18 @@ struct ws_scratch {
 int ws_scan_digest(const struct ws_device *dev, uint64_t offset, uint64_t length,
                    const struct ws_scratch *scratch, uint8_t *out, struct ws_attempt *why);
 
-/* What is known of a volume's chunks: their digests; which of these are stale; which are being read,
- * so that whoever is killed in the middle leaves none that is wrong and not said to be stale. Blocks
- * of both bitmaps are chunks. Several threads may work at different ranges of one ledger. */
+/* What is known of a volume's chunks: their digests; which of these are stale; which are being
+ * read, so that whoever is killed in the middle leaves none that is wrong and not said to be stale.
+ * Blocks of both bitmaps are chunks. Several threads may work at different ranges of one ledger. */
 struct ws_ledger {
     uint8_t *table;
     const struct ws_bitmap *stale;
     const struct ws_bitmap *reading;
 };
 
-/* Read the stale chunks of the range (as for ws_scan_compare) again, and enter their digests. Counts
- * the bytes read in `done`. First the mark is cleared, then the chunk is read: a write in between
- * marks it anew. */
+/* Read the stale chunks of the range (as for ws_scan_compare) again, and enter their digests.
+ * Counts the bytes read in `done`. First the mark is cleared, then the chunk is read: a write in
+ * between marks it anew. */
 int ws_scan_refresh(const struct ws_device *dev, uint64_t offset, uint64_t length,
                     const struct ws_scratch *scratch, const struct ws_ledger *ledger,
                     uint64_t *done, struct ws_attempt *why);

@@ -214,7 +214,7 @@ void ws_sender_count(struct ws_sender *sender, uint64_t *done_bytes, uint64_t *w
 
 struct ws_sink {
     struct ws_device *device;
-    uint64_t size_bytes; /* of the volume: nothing is written beyond */
+    uint64_t size_bytes;             /* of the volume: nothing is written beyond */
     const struct ws_bitmap *written; /* marked before anything is written, or NULL */
 };
 
