@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from agent.certificate import Certificate, dump
+from agent.certificate import MAX_CERTIFICATE_BYTES, Certificate, dump
 from agent.cli import cli
 from agent.imprint import read_root
 from agent.migration import Role
@@ -135,6 +135,9 @@ def test_what_is_no_certificate(tmp_path: Path) -> None:
     assert answer(path, code=1)["error"]["reason"] == "BAD_CUTOVER_CERTIFICATE"
     # Endless: no more than a certificate's size of it is read.
     assert answer("/dev/zero", code=1)["error"]["values"]["field"] == "file"
+    # What lies behind that size is not cut away unseen.
+    path.write_bytes(dump(certificate()).ljust(MAX_CERTIFICATE_BYTES) + b"{}")
+    assert "larger than" in answer(path, code=1)["error"]["message"]
 
 
 def test_a_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
