@@ -105,12 +105,15 @@ def verify(
     shown = _describe(found, keys)
     try:
         verify_certificate(found, keys)
-        _check_roots(found.statement, chosen)
     except WarmsyncError as error:
         raise CommandFailed(error, {**shown, "valid": False}) from error
     if not as_json:
         click.echo(_page(found, keys))
-    compared = [(path, at, _root(path, volume)) for path, at, volume in chosen]
+    try:
+        _check_roots(found.statement, chosen)
+        compared = [(path, at, _root(path, volume)) for path, at, volume in chosen]
+    except WarmsyncError as error:
+        raise CommandFailed(error, shown) from error
     shown["devices"] = [_describe_device(found.statement, *one) for one in compared]
     _report(found.statement, compared, shown, as_json=as_json)
 

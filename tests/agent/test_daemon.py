@@ -57,6 +57,23 @@ def test_an_agent_lives_and_ends(tmp_path: Path, number: signal.Signals) -> None
         assert "Traceback" not in err
 
 
+def test_the_agents_key_is_made_once_and_said(tmp_path: Path) -> None:
+    found = set()
+    for _ in range(2):
+        with agent(tmp_path, "--listen", "127.0.0.1:0") as process:
+            doctor = command("doctor", "--json", "--agent", listening(process))
+            process.terminate()
+            _, err = process.communicate(timeout=30)
+        checks = {one["name"]: one["finding"] for one in json.loads(doctor.stdout)["checks"]}
+        found |= {*re.findall(r"identity key=(\S+)", err), checks["identity"].split(",")[0]}
+    assert len(found) == 1
+    assert found.pop().startswith("SHA256:")
+    (tmp_path / "identity.pem").chmod(0o644)
+    done = command("agent", "--state-dir", str(tmp_path), "--listen", "127.0.0.1:0")
+    assert done.returncode == 1
+    assert "others than this agent may have its key" in done.stderr
+
+
 def test_a_watcher_does_not_delay_the_end(tmp_path: Path) -> None:
     with agent(tmp_path, "--listen", "127.0.0.1:0") as process:
         host, _, port = listening(process).rpartition(":")

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from agent import doctor
+from agent.certificate import parse_key
 from agent.doctor import Host, Verdict
+from agent.signer import open_signer
 
 STATUS = "Name:\tagent\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nCapEff:\t{caps:016x}\n"
 MOUNTS = "22 27 0:21 / /proc rw - proc proc rw\n"
@@ -43,6 +45,21 @@ def test_all_checks_of_this_host(tmp_path: Path) -> None:
     for check in checks:
         assert check.finding
         assert (check.mend == "") == (check.verdict is Verdict.OK), check
+
+
+def test_the_key_is_shown_and_never_made(host: Host) -> None:
+    check = doctor.check_identity(host)
+    assert (check.verdict, "no key yet" in check.finding) == (Verdict.OK, True)
+    assert list(host.state_dir.iterdir()) == []
+    signer = open_signer(host.state_dir)
+    check = doctor.check_identity(host)
+    assert check.verdict is Verdict.OK
+    shown, key = check.finding.split(", public key ")
+    assert shown == signer.fingerprint
+    assert parse_key(key) == shown
+    (host.state_dir / "identity.pem").chmod(0o644)
+    check = doctor.check_identity(host)
+    assert (check.verdict, "chmod 600" in check.finding) == (Verdict.MISSING, True)
 
 
 HEALTHY = [

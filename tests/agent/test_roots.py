@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import re
 import struct
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -66,6 +70,16 @@ def test_nodes_to_root(nodes: int) -> None:
         above = twin_level(above)
     expected = xxhash.xxh3_128_digest(size.to_bytes(8, "little") + above[0])
     assert root_of(b"".join(level), size) == expected
+
+
+@pytest.mark.parametrize("size", [1, 65536, 65537, 300_000])
+def test_the_documents_code_is_right(size: int) -> None:
+    page = (Path(__file__).parents[2] / "docs/certificate.md").read_text()
+    (code,) = re.findall(r"```python\n(def root.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"xxhash": xxhash}
+    exec(code, names)
+    content = (bytes(100_000) + b"x" * 200_000)[:size]
+    assert names["root"](io.BytesIO(content), size) == root_of_leaves(digests(content), size)
 
 
 def test_the_root_is_what_it_was() -> None:

@@ -89,6 +89,9 @@ def test_a_key_of_another_owner_is_refused(tmp_path: Path) -> None:
     open_signer(tmp_path)
     os.chown(tmp_path / NAME, 12345, 0)
     assert fails(tmp_path).reason == "IDENTITY_EXPOSED"
+    # All of it is another's: an agent that is not root's, which root looks at.
+    os.chown(tmp_path, 12345, 0)
+    assert read_signer(tmp_path) is not None
 
 
 def _pem(key: Ed25519PrivateKey | X25519PrivateKey, *, password: bytes = b"") -> bytes:
