@@ -65,7 +65,8 @@ def gather(
     as it was read, zero chunks as ZERO_DIGEST; extents must then start and end on chunk borders
     (or at the end of the device), else ValueError. With `stale` as well (blocks of chunks), extents
     may be anything: whole chunks are entered and their marks cleared, others left alone. The table
-    then says what was read, not what arrived: a frame that is not delivered must be sent again, whatever a scan says.
+    then says what was read, not what arrived: a frame that is not delivered must be sent again,
+    whatever a scan says.
     ValueError for extents that do not ascend, overlap, are empty or together longer than
     MAX_PAYLOAD_BYTES. OSError from the device.
     """

@@ -84,7 +84,8 @@ class Sender:
     `devices`, `digests` (or None) and `stale` (see native.frame.gather) are those of the volumes,
     by index; takes the connections over. Memory: about 1.3 MiB a connection, as much again with
     `compress`. `ring`: read scattered blocks many at once (io_uring) where the kernel can. A target
-    that takes nothing for `patience_seconds`, or does not acknowledge for `ack_seconds`, is lost (0: never).
+    that takes nothing for `patience_seconds`, or does not acknowledge for `ack_seconds`, is lost
+    (0: never).
     """
 
     def __init__(

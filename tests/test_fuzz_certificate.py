@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from agent.certificate import Certificate, dump, load, verify
 from agent.errors import InvalidArgument, WarmsyncError
-from agent.migration import Role
-from agent.statement import Depth, canonical
+from agent.migration import Depth, Role
+from agent.statement import canonical
 from tests.agent.certificates import certificate, signer
 
 SECONDS = int(os.environ.get("WARMSYNC_FUZZ_SECONDS", "15"))

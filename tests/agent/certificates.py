@@ -8,10 +8,12 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from agent.certificate import Certificate
-from agent.migration import Role
+from agent.certificate import Certificate, verify
+from agent.migration import Depth, Role
+from agent.peer import Proof
 from agent.signer import Signer
-from agent.statement import Depth, End, ProvenVolume, Statement, format_time
+from agent.statement import End, ProvenVolume, Statement, canonical, format_time
+from agent.target import TargetSession
 
 ROOT = bytes(range(16))
 
@@ -47,3 +49,36 @@ def sign(signed: Statement) -> Certificate:
 
 def certificate(depth: Depth = Depth.FULL, **changes: Any) -> Certificate:
     return sign(statement(depth, **changes))
+
+
+def statement_of(session: TargetSession, generation: int, proofs: tuple[Proof, ...]) -> Statement:
+    """What a source says whose bytes are those that the target has read back."""
+    plan = session.snapshot().plan
+    full = plan.verify is Depth.FULL
+    volumes = tuple(
+        ProvenVolume(
+            volume.source,
+            volume.target,
+            volume.size_bytes,
+            proof.compared_bytes,
+            proof.root if full else None,
+            proof.root if full else None,
+        )
+        for volume, proof in zip(plan.volumes, proofs, strict=True)
+    )
+    return statement(plan.verify, migration=plan.id, generation=generation, volumes=volumes)
+
+
+async def hand_over(session: TargetSession, generation: int) -> None:
+    """Release a session as its source does."""
+    proofs = await session.prove(generation)
+    said = statement_of(session, generation, proofs)
+    signature = signer(Role.SOURCE).sign(said, Role.SOURCE)
+    own = session.release(generation, canonical(said), signature)
+    verify(Certificate(said, (signature, own)), {})
+
+
+def release(session: TargetSession, generation: int) -> None:
+    """Ask for a release with nothing proved."""
+    signature = signer(Role.SOURCE).sign(statement(), Role.SOURCE)
+    session.release(generation, canonical(statement()), signature)

@@ -11,18 +11,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent import disk as disk_module
 from agent.bell import Bell
 from agent.brake import Brake
 from agent.carrier import Carrier, CarrierRequest
+from agent.certificate import Signature
+from agent.cutover import Cutover
 from agent.disk import SourceDisk, open_source
 from agent.errors import WarmsyncError
 from agent.journal import Journal
-from agent.migration import Plan, Scheme, Volume
-from agent.peer import Resumed, SessionRequest
+from agent.migration import Depth, Plan, Role, Scheme, Volume
+from agent.peer import Proof, Resumed, SessionRequest, TargetProof, Unread
+from agent.proof import SourceProof
 from agent.sender import Sender, Workshop
+from agent.signer import Signer
 from agent.source import Prepared, SourceMigration
+from agent.statement import parse_statement
 from agent.tracker import Take
 from agent.tracker.memory import MemoryTracker
 from native.bitmap import DirtyBitmap
@@ -34,6 +40,8 @@ BLOCK = 4096
 SIZE = (1 << 20) + 4096
 
 Hook = Callable[[], None]
+
+SIGNER = Signer(Ed25519PrivateKey.generate())
 
 
 class FakeCarrier:
@@ -118,6 +126,7 @@ class FakePeer:
         self.before: dict[str, Hook] = {}
         self.heard = Bell()
         self.released = False
+        self.proofs = tuple(Proof(0, b"") for _ in carrier.devices)
 
     async def open_session(self, request: SessionRequest) -> str:
         self.requests.append(request)
@@ -139,8 +148,19 @@ class FakePeer:
         for item in nothing:
             yield item
 
-    async def release(self, token: str, generation: int) -> None:
+    async def unread(self, token: str) -> Unread:
+        await self._answer("unread")
+        return Unread(0, 1e9)
+
+    async def prove(self, token: str, generation: int) -> TargetProof:
+        await self._answer("prove", f"prove {generation}")
+        return TargetProof(self.proofs, "there", "1.0")
+
+    async def release(
+        self, token: str, generation: int, statement: bytes, signature: Signature
+    ) -> Signature:
         await self._answer("release", f"release {generation}")
+        return SIGNER.sign(parse_statement(statement), Role.TARGET)
 
     async def abort(self, token: str, reason: str, *, cancelled: bool) -> None:
         await self._answer("abort", f"abort {'cancelled' if cancelled else 'failed'}: {reason}")
@@ -212,11 +232,23 @@ class Source:
             self._sender.use(self.carrier)
         return self._sender
 
+    def cutover(self) -> Cutover:
+        """Return an attempt to hand over, on what was sent with `sender`."""
+        sender = self.sender()
+        proof = SourceProof(self.plan, sender, self.workshop)
+        return Cutover(
+            sender,
+            self.peer,
+            lambda: "token",
+            prove=lambda: proof.prove(self.peer, "token", 0.0),
+            signer=SIGNER,
+        )
+
     def migration(self, brake: Brake | None = None) -> SourceMigration:
         """Return the migration, not yet started."""
         request = SessionRequest(self.plan.id, 1, "boot", self.plan.volumes, ())
         prepared = Prepared(
-            self.plan, Scheme.SCAN, "", self.disks, self.peer, "secret", request, brake
+            self.plan, Scheme.SCAN, "", self.disks, self.peer, "secret", request, SIGNER, brake
         )
         return SourceMigration(prepared, self.workshop, self.journal)
 
@@ -264,6 +296,7 @@ def source(directory: Path, monkeypatch: pytest.MonkeyPatch, volumes: int = 1) -
         "web1",
         "target:7070",
         tuple(Volume(str(a), str(b)) for a, b in zip(images, targets, strict=True)),
+        verify=Depth.NONE,
     )
     with ThreadPoolExecutor(4) as threads:
         pool = BufferPool(MAX_PAYLOAD_BYTES, 4)

@@ -22,8 +22,8 @@ from agent.certificate import (
 )
 from agent.errors import InvalidArgument, WarmsyncError
 from agent.fields import MAX_CERTIFICATE_BYTES
-from agent.migration import Role
-from agent.statement import Depth, End, ProvenVolume, canonical, format_time
+from agent.migration import Depth, Role
+from agent.statement import End, ProvenVolume, canonical, format_time
 from tests.agent.certificates import ROOT, certificate, sign, signer, statement
 
 Values = dict[str, Any]

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from agent.certificate import MAX_CERTIFICATE_BYTES, Certificate, dump
+from agent.certificate import Certificate, dump
 from agent.cli import cli
+from agent.fields import MAX_CERTIFICATE_BYTES
 from agent.imprint import read_root
-from agent.migration import Role
-from agent.statement import Depth, End, ProvenVolume
+from agent.migration import Depth, Role
+from agent.statement import End, ProvenVolume
 from tests import devices
 from tests.agent.certificates import certificate, sign, signer, statement
 from tests.content import content

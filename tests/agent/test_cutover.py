@@ -52,7 +52,7 @@ async def seeded(end: Source) -> Cutover:
     sender = end.sender()
     await sender.send_seed(await sender.take(flush=False))
     end.carrier.events.clear()
-    return Cutover(sender, end.peer, lambda: "token")
+    return end.cutover()
 
 
 async def refusal(cutover: Cutover) -> WarmsyncError:
@@ -70,7 +70,7 @@ def test_a_quiet_source_is_handed_over(end: Source, fences: list[str]) -> None:
         await cutover.run()
         assert end.equal()
         assert order == ["release, fenced True"]
-        assert end.peer.calls == ["release 2"]
+        assert end.peer.calls == ["prove 2", "release 2"]
         assert fences == ["fence", "fence"]
         assert cutover.releasing
 
@@ -184,7 +184,7 @@ def test_an_unanswered_release_is_asked_again(end: Source, monkeypatch: pytest.M
         cutover = await seeded(end)
         end.peer.errors["release"] = [GONE, GONE]
         await cutover.run()
-        assert end.peer.calls == ["release 2"] * 3
+        assert end.peer.calls == ["prove 2", "release 2"] * 3
         assert end.is_fenced()
 
     run(main)

@@ -131,9 +131,15 @@ class Eased(Convergence):
         take_seconds: float,
         *,
         marked_bytes: int | None = None,
+        proof_seconds: float = 0.0,
     ) -> Verdict:
         verdict = super().look(
-            dirty_bytes, now_seconds, since_seconds, take_seconds, marked_bytes=marked_bytes
+            dirty_bytes,
+            now_seconds,
+            since_seconds,
+            take_seconds,
+            marked_bytes=marked_bytes,
+            proof_seconds=proof_seconds,
         )
         self.limit = self.easing.decide(verdict, self.budget, now_seconds)
         return verdict

@@ -11,7 +11,6 @@ import pytest
 from agent import heat as heat_module
 from agent import source as source_module
 from agent import verify as verify_module
-from agent.cutover import Cutover
 from agent.disk import SourceDisk, open_source
 from agent.errors import DataLoss, FailedPrecondition, Unavailable
 from agent.migration import Comparison, Scheme, Volume
@@ -142,7 +141,7 @@ def test_the_cutover_holds_nothing_back(end: Source) -> None:
     async def main() -> None:
         await heated(end)
         end.write(HOT, b"last words")
-        await Cutover(end.sender(), end.peer, lambda: "token").run()
+        await end.cutover().run()
         assert pending(end) == [set(), set()]
         assert end.equal()
 
@@ -159,7 +158,7 @@ def test_a_cutover_that_held_something_back_releases_nothing(
         await heated(end)
         end.write(HOT, b"last words")
         with pytest.raises(RuntimeError, match="unsent"):
-            await Cutover(end.sender(), end.peer, lambda: "token").run()
+            await end.cutover().run()
         assert end.peer.calls == []
 
     run(main)
@@ -170,7 +169,7 @@ def test_what_was_held_is_sent_after_a_refused_cutover(end: Source) -> None:
         await heated(end)
         end.carrier.before[f"flush {end.sender().generation + 1}"] = lambda: end.write(HOT, b"on")
         with pytest.raises(FailedPrecondition):
-            await Cutover(end.sender(), end.peer, lambda: "token").run()
+            await end.cutover().run()
         await sync(end, 0)
         assert end.equal()
 
@@ -187,9 +186,11 @@ def test_a_migration_holds_back_what_is_hot(end: Source, monkeypatch: pytest.Mon
         return await flush(generation)
 
     class Watched(Convergence):
-        def look(self, *found: Any, marked_bytes: int | None = None) -> Verdict:
+        def look(
+            self, *found: Any, marked_bytes: int | None = None, proof_seconds: float = 0.0
+        ) -> Verdict:
             looked.append(marked_bytes)
-            return super().look(*found, marked_bytes=marked_bytes)
+            return super().look(*found, marked_bytes=marked_bytes, proof_seconds=proof_seconds)
 
     monkeypatch.setattr(end.carrier, "flush", and_write)
     monkeypatch.setattr(source_module, "Convergence", Watched)

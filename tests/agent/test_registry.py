@@ -30,7 +30,7 @@ from agent.source import SourceMigration
 from agent.state import State
 from agent.tracker.scan import ScanTracker
 from tests.agent.carriers.rig import descriptors, image, request, until
-from tests.agent.ends import FakeCarrier, FakePeer
+from tests.agent.ends import SIGNER, FakeCarrier, FakePeer
 from tests.agent.rpc_helpers import run
 
 
@@ -50,7 +50,7 @@ class Host:
             allow_devices=(f"{directory}/*",),
             limits=LimitsConfig(**limits),
         )
-        self.registry = Registry(config, self._connect)
+        self.registry = Registry(config, self._connect, SIGNER)
 
     def plan(self, name: str, *images: str, **changes: Any) -> Plan:
         volumes = tuple(

@@ -21,13 +21,16 @@ from agent.errors import (
     WarmsyncError,
 )
 from agent.journal import Journal
+from agent.migration import Depth, Role
 from agent.registry import Registry
 from agent.sender import Workshop
 from agent.state import State
 from agent.target import TargetSession, new_session, open_targets
+from agent.witness import Witness
 from native.blockio import BlockDevice
 from native.chunk import digests
 from tests.agent.carriers.rig import SIZE, frame_of, image, request, until
+from tests.agent.certificates import hand_over, release, signer
 from tests.agent.rpc_helpers import run
 from tests.agent.virtual import run_virtual
 from tests.content import read_all
@@ -56,7 +59,7 @@ def registry_of(directory: Path, *allowed: Path) -> Registry:
     def nobody(address: str) -> Any:
         raise AssertionError("a target calls nobody")
 
-    return Registry(config, nobody)
+    return Registry(config, nobody, signer(Role.TARGET))
 
 
 def trial(target: Path, steps: Steps) -> None:
@@ -103,10 +106,10 @@ def test_a_session_from_claim_to_release(source: Path, target: Path) -> None:
         session.begin_stream()
         await receive(session, source)
         assert session.snapshot().incomplete
-        session.release(1)
+        await hand_over(session, 1)
         assert (session.state, session.snapshot().incomplete) == (State.CUT_OVER, False)
         assert not is_claimed(target)
-        session.release(1)  # the answer may have been lost
+        release(session, 1)  # the answer may have been lost
         session.end_stream(None, 1)
         assert_state(session, State.CUT_OVER)
         session.finish()
@@ -118,12 +121,12 @@ def test_a_session_from_claim_to_release(source: Path, target: Path) -> None:
 
 def test_release_is_for_the_last_durable_generation(source: Path, target: Path) -> None:
     async def steps(registry: Registry, session: TargetSession) -> None:
-        assert refused(lambda: session.release(0)) == "NOT_RELEASABLE"
+        assert refused(lambda: release(session, 0)) == "NOT_RELEASABLE"
         session.begin_stream()
-        assert refused(lambda: session.release(0)) == "NOT_RELEASABLE"
+        assert refused(lambda: release(session, 0)) == "NOT_RELEASABLE"
         await receive(session, source)
         for generation in (0, 2):
-            assert refused(partial(session.release, generation)) == "NOT_RELEASABLE"
+            assert refused(partial(release, session, generation)) == "NOT_RELEASABLE"
         assert_state(session, State.SYNCING)
         assert is_claimed(target)
 
@@ -139,7 +142,7 @@ def test_abort_releases_and_says_incomplete(target: Path, cancelled: bool) -> No
         assert session.state is (State.CANCELLED if cancelled else State.FAILED)
         assert session.snapshot().incomplete
         assert not is_claimed(target)
-        assert refused(lambda: session.release(0)) == "NOT_RELEASABLE"
+        assert refused(lambda: release(session, 0)) == "NOT_RELEASABLE"
         session.end_stream(None, 1)
 
     trial(target, steps)
@@ -149,7 +152,7 @@ def test_abort_after_the_release_is_refused(source: Path, target: Path) -> None:
     async def steps(registry: Registry, session: TargetSession) -> None:
         session.begin_stream()
         await receive(session, source)
-        session.release(1)
+        await hand_over(session, 1)
         for cancelled in (True, False):
             reason = refused(partial(session.abort, "late", cancelled=cancelled))
             assert reason == "ALREADY_RELEASED"
@@ -162,7 +165,7 @@ def test_nothing_is_written_after_the_release(source: Path, target: Path) -> Non
     async def steps(registry: Registry, session: TargetSession) -> None:
         session.begin_stream()
         await receive(session, source)
-        session.release(1)
+        await hand_over(session, 1)
         before = read_all(target)
         with pytest.raises(FailedPrecondition) as refusal:
             await receive(session, source, generation=2)
@@ -204,7 +207,7 @@ def test_a_stream_that_ends_is_a_cut_and_may_begin_again(source: Path, target: P
         stream = session.begin_stream()
         await session.write(memoryview(frame_of(source, 0, STEP, generation=2)), stream)
         await session.flush(2, stream)
-        session.release(2)
+        await hand_over(session, 2)
         assert await session.resume(session.secret, 3) == 2
         assert_state(session, State.CUT_OVER)
         assert not is_claimed(target)
@@ -261,7 +264,7 @@ def test_reclaim(source: Path, target: Path) -> None:
         assert refused(lambda: session.check_reclaimable(allowed)) == "NOT_RECLAIMABLE"
         session.begin_stream()
         await receive(session, source)
-        session.release(1)
+        await hand_over(session, 1)
         with BlockDevice(str(target), writable=True, exclusive=True):  # a VM runs on it
             assert refused(lambda: session.check_reclaimable(allowed)) == "DEVICE_IN_USE"
         assert_state(session, State.CUT_OVER)
@@ -301,7 +304,16 @@ def session_of(target: Path, device: BlockDevice) -> TargetSession:
     """Return a session without a registry."""
     workshop = Workshop(None, None, 1)  # type: ignore[arg-type]
     record = new_session(request([target]))
-    return TargetSession(record, [device], workshop, Journal(None), (str(target),))
+    witness = Witness(Depth.NONE, record.plan.volumes, [], workshop.threads, workshop.pool)
+    return TargetSession(
+        record,
+        [device],
+        workshop,
+        Journal(None),
+        (str(target),),
+        witness=witness,
+        signer=signer(Role.TARGET),
+    )
 
 
 def test_a_source_that_never_begins(target: Path) -> None:

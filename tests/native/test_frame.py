@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -27,7 +28,7 @@ from tests.native.frames import DATA, DISCARD, ZERO, Header, Piece, encode
 MIB = 1 << 20
 LABELS = {"volume": 7, "generation": 8, "sequence": 9}
 gather = partial(frame.gather, volume=7, generation=8, sequence=9)
-TARGET = {"volume": 7, "generation": 8}
+TARGET: Any = {"volume": 7, "generation": 8}
 
 
 @pytest.fixture

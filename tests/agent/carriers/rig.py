@@ -19,7 +19,7 @@ from agent.bell import Bell
 from agent.carrier import Carrier, CarrierRequest
 from agent.carrier.port import DataPort
 from agent.config import AgentConfig, TlsConfig
-from agent.migration import PROTOCOL_VERSION, CarrierKind, Volume
+from agent.migration import PROTOCOL_VERSION, CarrierKind, Role, Volume
 from agent.peer import Peer, SessionRequest, session_token
 from agent.registry import Registry
 from agent.rpc.client import open_channel
@@ -30,6 +30,7 @@ from agent.target import TargetSession
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
 from native.frame import gather
+from tests.agent.certificates import signer
 
 CARRIERS = ("grpc", "tcp", "tcp-tls")
 """Every carrier joins here and in `Rig.open_carrier`."""
@@ -85,7 +86,7 @@ async def rig(kind: str, directory: Path, targets: list[Path]) -> AsyncIterator[
         bpffs_dir=str(directory),
         allow_devices=allowed,
     )
-    registry = Registry(config, _no_peer)
+    registry = Registry(config, _no_peer, signer(Role.TARGET))
     service = Service("warmsync.v1.PeerService", lambda s: register(PeerServicer(registry), s))
     tls = certificates(directory) if kind == "tcp-tls" else TlsConfig()
     server = await start_server("127.0.0.1:0", [service], tls)

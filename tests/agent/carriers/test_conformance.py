@@ -33,6 +33,7 @@ from tests.agent.carriers.rig import (
     threads,
     until,
 )
+from tests.agent.certificates import hand_over
 from tests.agent.rpc_helpers import run
 from tests.content import read_all
 
@@ -551,7 +552,7 @@ def test_data_connections_that_never_came_hold_no_device(
         await carrier.send(frame_of(source, 0, STEP))
         await carrier.flush(1)
         assert str(target) in descriptors()
-        await rig.peer.release(rig.token, 1)
+        await hand_over(rig.session, 1)
         assert str(target) not in descriptors()
         assert not inlet.is_complete
         await carrier.close()
