@@ -28,7 +28,7 @@ COMMANDS = (
     *("agent", "migrate", "cutover", "list", "show", "watch", "pause", "resume", "cancel"),
     *("rollback", "finish", "verify", "doctor", "update", "delete", "devices", "completion"),
 )
-GROUPS = {"certificate": ("verify",)}
+GROUPS = {"certificate": ("show", "verify")}
 PATHS = [*((name,) for name in COMMANDS), *((g, name) for g in GROUPS for name in GROUPS[g])]
 
 

@@ -12,9 +12,12 @@ import pytest
 
 from agent import cutover as cutover_module
 from agent import disk as disk_module
+from agent.certificate import verify
 from agent.cutover import Cutover
 from agent.disk import SourceDisk
 from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
+from agent.migration import Depth
+from agent.peer import Proof
 from agent.tracker import Take
 from native.bitmap import DirtyBitmap
 from tests.agent.ends import SIZE, Source, source
@@ -55,6 +58,10 @@ async def seeded(end: Source) -> Cutover:
     return end.cutover()
 
 
+def releases(end: Source) -> list[str]:
+    return [call for call in end.peer.calls if call.startswith("release")]
+
+
 async def refusal(cutover: Cutover) -> WarmsyncError:
     with pytest.raises(WarmsyncError) as caught:
         await cutover.run()
@@ -86,7 +93,7 @@ def test_marks_before_the_fence_refuse(end: Source, fences: list[str]) -> None:
         error = await refusal(cutover)
         assert error.reason == "NOT_QUIESCED"
         assert error.values["path"] == str(end.images[0])
-        assert (fences, end.peer.calls, cutover.releasing) == ([], [], False)
+        assert (fences, releases(end), cutover.releasing) == ([], [], False)
         # What was written meanwhile is not forgotten.
         sender = end.sender()
         await sender.send_dirty(await sender.take(flush=True))
@@ -114,7 +121,7 @@ def test_marks_after_the_fence_refuse_and_lift_it(
         assert error.reason == "NOT_QUIESCED"
         assert sorted(fences) == ["fence", "fence", "unfence", "unfence"]
         assert not end.is_fenced()
-        assert end.peer.calls == []
+        assert releases(end) == []
 
     run(main)
 
@@ -135,7 +142,7 @@ def test_a_fence_that_fails_is_lifted_everywhere(
         error = await refusal(await seeded(end))
         assert error.reason == "FENCE_FAILED"
         assert not end.is_fenced()
-        assert end.peer.calls == []
+        assert releases(end) == []
 
     run(main)
 
@@ -184,7 +191,7 @@ def test_an_unanswered_release_is_asked_again(end: Source, monkeypatch: pytest.M
         cutover = await seeded(end)
         end.peer.errors["release"] = [GONE, GONE]
         await cutover.run()
-        assert end.peer.calls == ["prove 2", "release 2"] * 3
+        assert end.peer.calls == ["prove 2", *["release 2"] * 3]
         assert end.is_fenced()
 
     run(main)
@@ -332,5 +339,27 @@ def test_a_suspect_volume_is_sent_again_in_the_cutover(
         await cutover.run()
         assert end.equal()
         assert end.sender().progress.suspect_volumes == 1
+
+    run(main)
+
+
+def test_both_sign_what_was_proved(end: Source) -> None:
+    async def main() -> None:
+        cutover = await seeded(end)
+        await cutover.run()
+        assert cutover.certificate is not None
+        verify(cutover.certificate, {})
+        said = cutover.certificate.statement
+        assert (said.generation, said.migration, said.depth) == (2, end.plan.id, Depth.NONE)
+
+    run(main)
+
+
+def test_a_proof_that_fails_hands_nothing_over(end: Source) -> None:
+    async def main() -> None:
+        cutover = await seeded(end)
+        end.peer.proofs = (Proof(0, b"another"),)
+        assert (await refusal(cutover)).reason == "COPIES_DIFFER"
+        assert releases(end) == []
 
     run(main)

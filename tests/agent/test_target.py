@@ -25,6 +25,7 @@ from agent.migration import Depth, Role
 from agent.registry import Registry
 from agent.sender import Workshop
 from agent.state import State
+from agent.store import Store
 from agent.target import TargetSession, new_session, open_targets
 from agent.witness import Witness
 from native.blockio import BlockDevice
@@ -304,7 +305,9 @@ def session_of(target: Path, device: BlockDevice) -> TargetSession:
     """Return a session without a registry."""
     workshop = Workshop(None, None, 1)  # type: ignore[arg-type]
     record = new_session(request([target]))
-    witness = Witness(Depth.NONE, record.plan.volumes, [], workshop.threads, workshop.pool)
+    witness = Witness(
+        Depth.NONE, record.plan.volumes, [Store(None)], workshop.threads, workshop.pool
+    )
     return TargetSession(
         record,
         [device],
