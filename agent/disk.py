@@ -272,6 +272,8 @@ class SourceDisk:
         """What was chosen is durable on the target: it is not pending any more, all else is."""
         if self._chosen is None:
             raise RuntimeError("nothing was chosen since the last take")
+        if self.tree is not None:
+            self.tree.note_sent(self._chosen)
         if self._chosen is self.pending:
             self.pending.clear()
         else:

@@ -43,6 +43,7 @@ class Prover:
         self._threads = threads
         self._pool = pool
         self._task: asyncio.Task[None] | None = None
+        self._again = False
 
     @property
     def unread_bytes(self) -> int:
@@ -50,7 +51,8 @@ class Prover:
         return sum(tree.count_unread() for tree in self.trees)
 
     def wake(self) -> None:
-        """Read what is stale in the background, if that is not being done already."""
+        """Read what is stale in the background; once more, if that is being done already."""
+        self._again = True
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._read_quietly(), name="prover")
 
@@ -67,9 +69,14 @@ class Prover:
         return await self._read(_DEPTH)
 
     async def _read_quietly(self) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            await self._read(1)
-        except ValueError:
+            while self._again:
+                self._again = False
+                await self._read(1)
+                for tree in self.trees:  # so that little is left of it for the cutover
+                    await loop.run_in_executor(self._threads, tree.root)
+        except (ValueError, BufferError):
             return  # the devices were closed: the end, or another beginning
         except OSError as error:
             # It stays stale: at the cutover it is read again, and then the error counts.
@@ -84,7 +91,7 @@ class Prover:
             async for done in steps:
                 total += done
         finally:
-            with suppress(ValueError):
+            with suppress(ValueError, BufferError):
                 await steps.aclose()
         if total >= _LEAST_MEASURED_BYTES:
             self.rate_bytes_per_second = total / max(time.monotonic() - started, 1e-6)

@@ -25,6 +25,11 @@ class Store:
         self._directory = directory
         self._prefix = prefix
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what is made here are files."""
+        return self._directory is not None
+
     def make(self, name: str, size_bytes: int) -> mmap.mmap:
         """Return zeroed memory. ResourceExhausted STATE_DIR_FULL; nothing is left then."""
         if self._directory is None:

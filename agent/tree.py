@@ -9,6 +9,7 @@ An entry that is not stale is the digest of the chunk as it was read after the l
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ _TABLE, _STALE, _READING = "tree", "stale", "reading"
 
 
 class DigestTree:
-    """The digests of one volume. Thread-safe as its bitmaps are; `root` while nobody changes it."""
+    """The digests of one volume. Thread-safe as its bitmaps are."""
 
     def __init__(self, size_bytes: int, store: Store) -> None:
         self.size_bytes = size_bytes
@@ -118,10 +119,12 @@ class DigestTree:
         return both.count_bytes()
 
     def steps(self) -> Iterator[tuple[int, int]]:
-        """Iterate ranges (offset, length) that hold all that is stale, STEP_BYTES of it in each."""
+        """Iterate ranges (offset, length) with all that is stale now, STEP_BYTES of it in each."""
+        now = DirtyBitmap(self.size_bytes, CHUNK_BYTES)
+        now.merge(self.stale)
         at = 0
         while at < self.size_bytes:
-            pairs, at = self.stale.batch(at, max_bytes=STEP_BYTES)
+            pairs, at = now.batch(at, max_bytes=STEP_BYTES)
             if pairs:
                 yield pairs[0], pairs[-2] + pairs[-1] - pairs[0]
 
@@ -130,10 +133,12 @@ class DigestTree:
     ) -> int:
         """Read what is stale in a range of whole chunks; returns the bytes read. OSError."""
         self._blank = False
-        self._changed.set_range(offset_bytes, length_bytes)
-        return refresh(
-            device, offset_bytes, length_bytes, scratch, self._table, self.stale, self._reading
-        )
+        try:
+            return refresh(
+                device, offset_bytes, length_bytes, scratch, self._table, self.stale, self._reading
+            )
+        finally:
+            self._changed.set_range(offset_bytes, length_bytes)
 
     def read_all(
         self, device: BlockDevice, offset_bytes: int, length_bytes: int, scratch: AlignedBuffer
@@ -167,9 +172,9 @@ class DigestTree:
             self.stale.merge(data)
             self._reading.subtract(data)
         asked.subtract(data)
-        self._changed.touch(asked)
         for offset, length in asked.extents():
             self._clear(offset, length)
+        self._changed.touch(asked)
         self._reading.subtract(asked)
 
     def _clear(self, offset_bytes: int, length_bytes: int) -> None:
@@ -182,9 +187,20 @@ class DigestTree:
             part = entries[at : at + NODE_BYTES]
             if not is_zero(part):  # a page that is only looked at need not be written back
                 part[:] = bytes(len(part))
+            part.release()
+            self._let_go(first + at)
+
+    def _let_go(self, at: int) -> None:
+        """Leave a node's part of a mapped file to the page cache; it is looked at rarely."""
+        if self._store.keeps and isinstance(self._table, mmap.mmap):
+            self._table.madvise(mmap.MADV_DONTNEED, at // NODE_BYTES * NODE_BYTES, NODE_BYTES)
+
+    def note_sent(self, marks: DirtyBitmap) -> None:
+        """What is marked was read for sending: its entries are new."""
+        self._changed.touch(marks)
 
     def root(self) -> bytes:
-        """Return the root over the whole table."""
+        """Return the root over the whole table; right once nothing is stale or being read."""
         changed = DirtyBitmap(self.size_bytes, NODE_SPAN_BYTES)
         self._changed.take(changed)
         table = memoryview(self._table)
@@ -192,6 +208,7 @@ class DigestTree:
             index = offset // NODE_SPAN_BYTES
             leaves = bytes(table[index * NODE_BYTES : (index + 1) * NODE_BYTES])
             self._nodes[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES] = node_of(leaves)
+            self._let_go(index * NODE_BYTES)
         return root_of(bytes(self._nodes), self.size_bytes)
 
     def digest_of_last(self) -> bytes:
