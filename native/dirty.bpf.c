@@ -387,10 +387,13 @@ static __always_inline int complete_request(struct request *rq, __u32 nr_bytes) 
     struct dirty_slot *slot = slot_of(rq);
     if (slot)
         settle_other(slot, rq);
-    add(op_of(rq->cmd_flags), sectors_of(nr_bytes));
+    if (!slot || !slot->forgotten || slot->forgotten != rq->start_time_ns)
+        add(op_of(rq->cmd_flags), sectors_of(nr_bytes));
     mark_request(rq, nr_bytes);
-    if (slot && nr_bytes >= rq->__data_len)
+    if (slot && nr_bytes >= rq->__data_len) {
         slot->state = slot->state >> 32 << 32; /* no sectors: nothing in flight */
+        slot->forgotten = 0;
+    }
     return 0;
 }
 
@@ -401,7 +404,7 @@ static __always_inline int remember(struct bio *bio, _Bool is_new) {
     if (leaves_data_alone(op) || !is_ours(bio->bi_bdev->bd_disk))
         return 0;
     __u64 key = (__u64)bio;
-    struct dirty_slot note = {bio->bi_iter.bi_sector, 0, 0};
+    struct dirty_slot note = {bio->bi_iter.bi_sector, 0, 0, 0};
     if (has_range(op))
         note.state = sectors_of(bio->bi_iter.bi_size);
     else

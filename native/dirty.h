@@ -27,11 +27,13 @@ struct dirty_watch {
 
 /* A request in flight, in the slot of its queue and tag; or a bio, in a hash by its address.
  * state: 0 for none, else a sequence number (high half, never 0 for a used one) and the sectors.
- * born: when the request was allocated, which tells it from the next with its tag; 0 for a bio. */
+ * born: when the request was allocated, which tells it from the next with its tag; 0 for a bio.
+ * forgotten: born of a request whose note user space took away, and has added to the sums. */
 struct dirty_slot {
     __u64 sector;
     __u64 state;
     __u64 born;
+    __u64 forgotten;
 };
 
 /* Sectors of the whole disk, whatever the range: as the block layer's own counters of the disk

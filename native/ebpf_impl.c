@@ -323,17 +323,25 @@ int64_t ws_tracker_in_flight(const ws_tracker *tracker, ws_in_flight *out, size_
     return list_slots(tracker, out, room);
 }
 
+static void add_to_sums(const ws_tracker *tracker, uint64_t sectors) {
+    __atomic_fetch_add(&tracker->sums[0].written, sectors, __ATOMIC_SEQ_CST);
+    __atomic_fetch_add(&tracker->sums[0].discarded, sectors, __ATOMIC_SEQ_CST);
+}
+
 int ws_tracker_forget(const ws_tracker *tracker, const ws_in_flight *write) {
     if (tracker->range->bio_based) {
         __u64 key = write->key;
         return bpf_map_delete_elem(tracker->bios, &key) && errno != ENOENT ? -errno : 0;
     }
-    uint64_t expected = write->state;
+    struct dirty_slot *slot = &tracker->slots[write->key];
+    uint64_t expected = write->state, born = __atomic_load_n(&slot->born, __ATOMIC_ACQUIRE);
     /* It has landed, unseen. Before its note goes: the sums and the notes are never too little. */
-    __atomic_fetch_add(&tracker->sums[0].written, (uint32_t)expected, __ATOMIC_SEQ_CST);
-    __atomic_fetch_add(&tracker->sums[0].discarded, (uint32_t)expected, __ATOMIC_SEQ_CST);
-    __atomic_compare_exchange_n(&tracker->slots[write->key].state, &expected, expected >> 32 << 32,
-                                false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    add_to_sums(tracker, (uint32_t)write->state);
+    if (__atomic_compare_exchange_n(&slot->state, &expected, expected >> 32 << 32, false,
+                                    __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+        __atomic_store_n(&slot->forgotten, born, __ATOMIC_RELEASE);
+    else
+        add_to_sums(tracker, -(uint64_t)(uint32_t)write->state);
     return 0;
 }
 

@@ -21,7 +21,8 @@ _STAT_BYTES = 512
 _WRITTEN, _DISCARDED = 6, 13
 """Fields of a disk's stat (Documentation/block/stat.rst of the kernel); discards since 4.19."""
 _TRIES = 3
-_BASE_TRIES = 8
+_BASE_TRIES = 16
+_BASE_KEPT = 4
 _PAUSE_SECONDS = 0.001
 
 
@@ -39,6 +40,19 @@ def find_missing(counted: Sectors, base: Sectors, seen: Sectors) -> Sectors:
     return Sectors(
         max(counted.written + base.written - seen.written, 0),
         max(counted.discarded + base.discarded - seen.discarded, 0),
+    )
+
+
+def choose_base(timed: list[tuple[float, Sectors]]) -> Sectors:
+    """Return the base to use of those measured, each with the seconds that it took.
+
+    Of the quickest, because what ended between the two readings makes a base too low, and a hole of
+    that size would not be noticed. Of these the least, because a completion that was held up
+    between our program and the kernel's counter makes one too high: a false alarm.
+    """
+    quickest = sorted(timed)[:_BASE_KEPT]
+    return Sectors(
+        min(base.written for _, base in quickest), min(base.discarded for _, base in quickest)
     )
 
 
@@ -68,13 +82,13 @@ class Audit:
         if not self._counts():
             self._tell_once()
             return
-        bases = []
+        timed = []
         for _ in range(_BASE_TRIES):
-            bases.append(self._measure())
+            started = time.monotonic()
+            base = self._measure()
+            timed.append((time.monotonic() - started, base))
             time.sleep(_PAUSE_SECONDS)
-        # The least: a completion that is held up between our program and the kernel's counter,
-        # when one is read, must not be missed later.
-        self._kernel.base = Sectors(min(b.written for b in bases), min(b.discarded for b in bases))
+        self._kernel.base = choose_base(timed)
 
     def check(self) -> str:
         """Return what the tracker has missed since the base, with both figures; empty if nothing.

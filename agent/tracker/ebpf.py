@@ -23,6 +23,7 @@ from native.ebpf import InFlight, KernelTracker, TrackedRange, remove
 _PROBE_BYTES = 4096
 _PROBE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
+_BIO_END_SECONDS = 0.02
 
 
 class EbpfTracker:
@@ -103,14 +104,16 @@ class EbpfTracker:
         # After the exchange: what is in flight now may land after it is read, so it stays dirty.
         for write in kernel.in_flight():
             self._mark(write)
-        if lost != self._lost:
-            missed = f"{lost - self._lost} writes of unknown range on {self._device.path}"
-        if not missed:
+        if not missed and lost == self._lost:
             return Take(blocks * marks.block_size_bytes)
-        self._lost = lost
-        audit.begin()
         into.set_all()
-        return Take(marks.size_bytes, missed)
+        if missed:
+            self._start_again()
+        else:
+            missed = f"{lost - self._lost} writes of unknown range on {self._device.path}"
+            self._lost = lost
+            audit.begin()
+        return Take(into.size_bytes, missed)
 
     def look(self) -> int:
         """See `agent.tracker.Tracker`."""
@@ -154,6 +157,13 @@ class EbpfTracker:
             self._kernel.destroy()
             self._kernel = None
 
+    def _start_again(self) -> None:
+        """Programs that missed writes may be gone: attach new ones. All is to be sent or compared."""
+        self.stop()
+        self.start()
+        _, _, audit = self._attached()
+        audit.begin()
+
     def _end_audit(self) -> None:
         if self._audit is not None:
             self._audit.close()
@@ -167,10 +177,18 @@ class EbpfTracker:
         """
         kernel, _, _ = self._attached()
         noted = kernel.in_flight()
-        if noted and self._is_idle():
-            for write in noted:
-                self._mark(write)
-                kernel.forget(write)
+        if not noted or not self._is_idle():
+            return
+        if kernel.watch.bio_based:
+            # Drivers count the end of a bio before they complete it: without its note it would be
+            # taken for one of unknown range.
+            time.sleep(_BIO_END_SECONDS)
+            noted = list(set(noted).intersection(kernel.in_flight()))
+            if not self._is_idle():
+                return
+        for write in noted:
+            self._mark(write)
+            kernel.forget(write)
 
     def _is_idle(self) -> bool:
         system = self._system
