@@ -1,8 +1,8 @@
 """Holds what the `ebpf` tracker saw against the block layer's own counters of the disk.
 
 Owns the comparison and the base it starts from. Never decides what becomes of a hole. The kernel's
-counters may stay behind the tracker's sums for a moment, never the other way round (docs/trackers.md
-says why): whatever they have more, the tracker has missed.
+counters may stay behind the tracker's sums, never the other way round (docs/trackers.md says why):
+whatever they have more, the tracker has missed.
 """
 
 from __future__ import annotations

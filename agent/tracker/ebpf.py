@@ -158,7 +158,7 @@ class EbpfTracker:
             self._kernel = None
 
     def _start_again(self) -> None:
-        """Programs that missed writes may be gone: attach new ones. All is to be sent or compared."""
+        """Attach new programs: those that missed writes may be gone. All is marked already."""
         self.stop()
         self.start()
         _, _, audit = self._attached()

@@ -54,7 +54,7 @@ def unlink(subject: Subject, *links: str) -> None:
 
 
 def blind(subject: Subject) -> None:
-    """Detach all programs. The kernel lets them run a moment longer: what is missed counts later."""
+    """Detach all programs. The kernel lets them run a moment longer: holes begin after that."""
     unlink(subject)
     kernel = kernel_of(subject)
     had_base, unseen = kernel.base is not None, 0
