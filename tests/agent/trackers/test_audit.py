@@ -46,6 +46,13 @@ def kernel_of(subject: Subject) -> KernelTracker:
     return kernel
 
 
+def audit_of(subject: Subject) -> Audit:
+    assert isinstance(subject.tracker, EbpfTracker)
+    audit = subject.tracker._audit
+    assert audit is not None
+    return audit
+
+
 def unlink(subject: Subject, *links: str) -> None:
     """Detach programs from outside, as no agent does: with its pin a link goes."""
     pins = Path(str(kernel_of(subject).pin_dir))
@@ -232,13 +239,19 @@ def test_a_hole_elsewhere_on_the_disk_counts(make_subject: Make) -> None:
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_a_busy_guest_is_no_hole(make_subject: Make, kind: str, workload: str) -> None:
     subject = make(make_subject, kind)
-    guest = fio(subject.path, "--runtime=1", "--time_based", *WORKLOADS[workload])
+    kernel = kernel_of(subject)
+    quiet = kernel.sums()
+    guest = fio(subject.path, "--thread", "--runtime=1", "--time_based", *WORKLOADS[workload])
     try:
+        while kernel.sums() == quiet and guest.poll() is None:
+            time.sleep(0.01)
         takes = 0
         while guest.poll() is None or not takes:
+            if takes % 20 == 0:
+                kernel.base = None  # begun amid the guest's writes
             marks = DirtyBitmap(subject.size, subject.block)
             assert subject.tracker.take(marks).suspect == ""
-            subject.tracker.look()
+            assert audit_of(subject).look() == ""
             takes += 1
     finally:
         if guest.poll() is None:
@@ -246,7 +259,7 @@ def test_a_busy_guest_is_no_hole(make_subject: Make, kind: str, workload: str) -
     finish(guest)
     assert subject.take()[1].suspect == ""
     # Not by seeing too much: of what came since the base hardly anything is left over.
-    total = kernel_of(subject).sums().written
+    total = kernel.sums().written
     assert 0 <= excess(subject).written <= total // 20
 
 
@@ -255,7 +268,7 @@ def test_missed_completions_are_no_hole(make_subject: Make) -> None:
     subject = make_subject("ebpf-loop512")
     subject.settle()
     unlink(subject, "link_1")
-    guest = fio(subject.path, "--runtime=1", "--time_based", "--rw=randwrite", "--bs=4k")
+    guest = fio(subject.path, "--thread", "--runtime=1", "--time_based", "--rw=randwrite")
     try:
         while guest.poll() is None:
             assert subject.take()[1].suspect == ""
