@@ -11,7 +11,12 @@
  * issue nor its completion was seen. Bios have no tags: they mark when queued as well.
  *
  * Whatever is not known to leave the data alone marks, failed or not; where the range cannot be
- * known `lost` is counted, so that nothing is missed in silence.
+ * known `lost` is counted, so that nothing is missed in silence. And what was seen is added up in
+ * `sums`, for user space to hold against the disk's own counters: at any moment they have no more
+ * than the sums and the notes. Requests are added when they complete, which the kernel reports
+ * before it counts them (blk_update_request, blk_complete_request); those whose completion was
+ * missed, when their note is found. Bios are added when queued: drivers count them at their start
+ * or at their end.
  *
  * Structures hold only what is read; libbpf fits offsets and constants to the running kernel. */
 #include <linux/bpf.h>
@@ -36,6 +41,7 @@ struct request_queue {
 
 struct block_device {
     struct gendisk *bd_disk;
+    __u32 bd_dev;
 } KERNEL;
 
 struct bvec_iter {
@@ -63,6 +69,7 @@ struct request {
     int tag;
     __u64 __sector;
     struct bio *bio;
+    __u64 start_time_ns;
 } KERNEL;
 
 /* The values here are placeholders: the running kernel's are used. */
@@ -124,6 +131,14 @@ struct {
     __type(value, struct dirty_slot);
 } slots SEC(".maps");
 
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(map_flags, BPF_F_MMAPABLE);
+    __uint(max_entries, 1); /* one for each possible CPU, set before loading */
+    __type(key, __u32);
+    __type(value, struct dirty_sum);
+} sums SEC(".maps");
+
 /* Bios in flight by their address: on completion their iterators have moved. LRU: an entry left
  * behind is pushed out, and one pushed out too early counts as lost on completion. */
 struct {
@@ -149,6 +164,33 @@ static __always_inline void note_seen(void) {
     struct dirty_range *counted = counters();
     if (counted && !counted->seen) /* read first: else all CPUs would fight for the line */
         counted->seen = 1;
+}
+
+static __always_inline struct dirty_sum *sum_here(void) {
+    __u32 cpu = bpf_get_smp_processor_id();
+    return bpf_map_lookup_elem(&sums, &cpu);
+}
+
+/* Before the mark, whose barrier has the sum in memory before the kernel counts. */
+static __always_inline void add(__u32 op, __u64 sectors) {
+    struct dirty_sum *sum = sum_here();
+    if (!sum)
+        count_lost();
+    else if (OP_IS(op, REQ_OP_DISCARD))
+        __sync_fetch_and_add(&sum->discarded, sectors);
+    else
+        __sync_fetch_and_add(&sum->written, sectors);
+}
+
+/* Of a note it is not known which it was: too much is no harm. */
+static __always_inline void add_noted(__u64 sectors) {
+    struct dirty_sum *sum = sum_here();
+    if (!sum) {
+        count_lost();
+        return;
+    }
+    __sync_fetch_and_add(&sum->written, sectors);
+    __sync_fetch_and_add(&sum->discarded, sectors);
 }
 
 /* Set bits with a full barrier, even where they are set already. The barrier is the point: without
@@ -286,20 +328,30 @@ static __always_inline void mark_request(struct request *rq, __u32 bytes) {
         mark(rq->__sector, sectors_of(bytes));
 }
 
-/* A note that still lies in the slot is of a request whose completion was missed: it has landed,
- * for its tag is used again. */
+/* A note of another request that still lies in the slot is of one whose completion was missed: it
+ * has landed, for its tag is used again. A request that the driver turned down and that is issued
+ * again finds its own. */
+static __always_inline void settle_other(struct dirty_slot *slot, struct request *rq) {
+    __u64 state = slot->state;
+    if (!(__u32)state || slot->born == rq->start_time_ns)
+        return;
+    add_noted((__u32)state);
+    mark(slot->sector, (__u32)state);
+}
+
 static __always_inline void note_request(struct request *rq, __u64 sector, __u64 count) {
     struct dirty_slot *slot = slot_of(rq);
     if (!slot || count >> 32) {
         count_lost();
         return;
     }
-    __u64 state = slot->state;
-    if ((__u32)state)
-        mark(slot->sector, (__u32)state);
+    settle_other(slot, rq);
+    if ((__u32)slot->state)
+        mark(slot->sector, (__u32)slot->state);
     slot->sector = sector;
+    slot->born = rq->start_time_ns;
     barrier();
-    slot->state = ((state >> 32) + 1) << 32 | count;
+    slot->state = ((slot->state >> 32) + 1) << 32 | count;
 }
 
 /* True if it is a write to our disk with a range; what has none is counted. */
@@ -332,25 +384,33 @@ static __always_inline int complete_request(struct request *rq, __u32 nr_bytes) 
     note_seen();
     if (!is_write(rq) || nr_bytes == 0)
         return 0;
-    mark_request(rq, nr_bytes);
     struct dirty_slot *slot = slot_of(rq);
-    if (slot && nr_bytes >= rq->__data_len)
+    if (slot)
+        settle_other(slot, rq);
+    if (!slot || !slot->forgotten || slot->forgotten != rq->start_time_ns)
+        add(op_of(rq->cmd_flags), sectors_of(nr_bytes));
+    mark_request(rq, nr_bytes);
+    if (slot && nr_bytes >= rq->__data_len) {
         slot->state = slot->state >> 32 << 32; /* no sectors: nothing in flight */
+        slot->forgotten = 0;
+    }
     return 0;
 }
 
 /* Bio-based disks (device mapper, md, zram, NVMe multipath). A bio is queued once, whole; parts
  * that are split off later complete before it, and it marks for them. */
-static __always_inline int remember(struct bio *bio) {
+static __always_inline int remember(struct bio *bio, _Bool is_new) {
     __u32 op = op_of(bio->bi_opf);
     if (leaves_data_alone(op) || !is_ours(bio->bi_bdev->bd_disk))
         return 0;
     __u64 key = (__u64)bio;
-    struct dirty_slot note = {bio->bi_iter.bi_sector, 0};
+    struct dirty_slot note = {bio->bi_iter.bi_sector, 0, 0, 0};
     if (has_range(op))
         note.state = sectors_of(bio->bi_iter.bi_size);
     else
         count_lost();
+    if (is_new)
+        add(op, note.state);
     if (bpf_map_update_elem(&bios, &key, &note, BPF_ANY))
         count_lost();
     return mark(note.sector, note.state);
@@ -430,13 +490,15 @@ int rq_complete(__u64 *context) {
 
 SEC("tp_btf/block_bio_queue")
 int bio_queue(__u64 *context) {
-    return remember(ARGUMENT(struct bio *, 0));
+    return remember(ARGUMENT(struct bio *, 0), 1);
 }
 
-/* A bio that another driver sends on to our disk is not queued a second time. */
+/* A bio that another driver sends on to our disk is not queued a second time; one that only leaves
+ * a partition for its disk is. */
 SEC("tp_btf/block_bio_remap")
 int bio_remap(__u64 *context) {
-    return remember(ARGUMENT(struct bio *, 0));
+    struct bio *bio = ARGUMENT(struct bio *, 0);
+    return remember(bio, ARGUMENT(__u32, 1) != bio->bi_bdev->bd_dev);
 }
 
 SEC("tp_btf/block_bio_complete")

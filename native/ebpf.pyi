@@ -41,6 +41,12 @@ class Counters(NamedTuple):
     before the first read: compare with the value at that time.
     """
 
+class Sectors(NamedTuple):
+    """Sectors of 512 bytes written (zeros and secure erase among them), and discarded."""
+
+    written: int
+    discarded: int
+
 def check() -> str | None:
     """Try to load (not attach) the programs. Returns None, or why this kernel cannot."""
 
@@ -81,6 +87,17 @@ class KernelTracker:
         Stays valid while referenced: the memory is unmapped once closed and no view is left.
         """
     def counters(self) -> Counters: ...
+    def sums(self) -> Sectors:
+        """What was seen of the whole disk since the attach, as its own counters have it.
+
+        These never have more than the sums and, on a request-based disk, `in_flight`, read in this
+        order: the disk's counters, the notes, the sums. The sums may have more.
+        """
+    @property
+    def base(self) -> Sectors | None:
+        """Numbers of the caller's that are kept with the pins, for a later process; may be set."""
+    @base.setter
+    def base(self, base: Sectors | None) -> None: ...
     def in_flight(self) -> list[InFlight]:
         """Return the writes that were issued and not seen to complete.
 

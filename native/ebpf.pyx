@@ -23,6 +23,11 @@ cdef extern from "ebpf_impl.h" nogil:
         uint32_t queue_depth
         uint64_t seen
         uint64_t lost
+        uint64_t has_base
+        int64_t base_written
+        int64_t base_discarded
+    struct dirty_sum:
+        pass
     ctypedef struct ws_failure:
         char *attempt
         size_t log_bytes
@@ -33,6 +38,8 @@ cdef extern from "ebpf_impl.h" nogil:
         size_t words_bytes
         void *slots
         int bios
+        dirty_sum *sums
+        unsigned int cpus
     ctypedef struct ws_in_flight:
         uint64_t key
         uint64_t sector
@@ -45,6 +52,7 @@ cdef extern from "ebpf_impl.h" nogil:
                           ws_tracker *tracker, ws_failure *failure)
     int ws_tracker_open(const char *pin_dir, ws_tracker *tracker, ws_failure *failure)
     int ws_tracker_remove(const char *pin_dir, ws_failure *failure)
+    void ws_tracker_sum(const ws_tracker *tracker, uint64_t *written, uint64_t *discarded)
     uint64_t ws_tracker_load(const uint64_t *counter)
     void ws_tracker_unmap_words(uint64_t *words, size_t bytes)
 
@@ -62,6 +70,7 @@ TrackedRange = namedtuple(
 )
 InFlight = namedtuple("InFlight", "key sector sector_count state")
 Counters = namedtuple("Counters", "seen lost")
+Sectors = namedtuple("Sectors", "written discarded")
 
 cdef char *WORD_FORMAT = b"Q"
 cdef bytes OBJECT = bytes(Path(__file__).with_name("dirty.bpf.o"))
@@ -79,6 +88,7 @@ cdef object explain(int code, ws_failure *failure):
 cdef void forget_mapping(ws_tracker *mapped) noexcept:
     mapped.range, mapped.words, mapped.words_bytes = NULL, NULL, 0
     mapped.slots, mapped.bios = NULL, -1
+    mapped.sums, mapped.cpus = NULL, 0
 
 
 cdef void clear(ws_failure *failure) noexcept:
@@ -120,6 +130,9 @@ cdef dirty_range describe(object watch) except *:
     described.queue_depth = watch.queue_depth
     described.seen = 0
     described.lost = 0
+    described.has_base = 0
+    described.base_written = 0
+    described.base_discarded = 0
     return described
 
 
@@ -265,6 +278,27 @@ cdef class KernelTracker:
         """What the programs counted since they were attached."""
         cdef dirty_range *of = self.described()
         return Counters(ws_tracker_load(&of.seen), ws_tracker_load(&of.lost))
+
+    def sums(self):
+        """The sectors that the programs saw written and discarded, on the whole disk."""
+        cdef uint64_t written = 0, discarded = 0
+        self.described()
+        ws_tracker_sum(&self.mapped, &written, &discarded)
+        return Sectors(written, discarded)
+
+    @property
+    def base(self):
+        """What was kept with the pins; None if nothing."""
+        cdef dirty_range *of = self.described()
+        return Sectors(of.base_written, of.base_discarded) if of.has_base else None
+
+    @base.setter
+    def base(self, object base):
+        cdef dirty_range *of = self.described()
+        of.has_base = 0
+        if base is not None:
+            of.base_written, of.base_discarded = base
+            of.has_base = 1
 
     def in_flight(self):
         """Return the writes that were issued and not seen to complete."""

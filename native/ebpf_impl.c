@@ -108,12 +108,18 @@ static int configure(struct bpf_object *object, struct dirty_range *range) {
     struct bpf_map *dirty = bpf_object__find_map_by_name(object, "dirty");
     struct bpf_map *slots = bpf_object__find_map_by_name(object, "slots");
     struct bpf_map *bios = bpf_object__find_map_by_name(object, "bios");
-    if (dirty == NULL || slots == NULL || bios == NULL)
+    struct bpf_map *sums = bpf_object__find_map_by_name(object, "sums");
+    int cpus = libbpf_num_possible_cpus();
+    if (dirty == NULL || slots == NULL || bios == NULL || sums == NULL)
         return ENOENT;
+    if (cpus < 0)
+        return -cpus;
     range->link_count = select_programs(object, range->bio_based);
     int error = set_constants(object, range);
     if (!error)
         error = -bpf_map__set_max_entries(dirty, range->word_count);
+    if (!error)
+        error = -bpf_map__set_max_entries(sums, (unsigned)cpus);
     if (!error && !range->bio_based)
         error = -bpf_map__set_max_entries(slots, slot_count(range));
     if (!error)
@@ -231,7 +237,24 @@ static int map_in_flight(int fd, ws_tracker *tracker, ws_failure *failure) {
     return 0;
 }
 
+static size_t sums_bytes(unsigned cpus) {
+    return whole_pages((size_t)cpus * sizeof(struct dirty_sum));
+}
+
+static int map_sums(int fd, unsigned cpus, ws_tracker *tracker, ws_failure *failure) {
+    void *memory;
+    int error = map_memory(fd, sums_bytes(cpus), &memory);
+    if (error)
+        return fail(failure, error, "map the tracker's sums");
+    tracker->sums = memory;
+    tracker->cpus = cpus;
+    return 0;
+}
+
 void ws_tracker_unmap(ws_tracker *tracker) {
+    if (tracker->sums != NULL)
+        munmap(tracker->sums, sums_bytes(tracker->cpus));
+    tracker->sums = NULL;
     if (tracker->slots != NULL)
         munmap(tracker->slots, slots_bytes(tracker->range));
     if (tracker->bios >= 0)
@@ -300,15 +323,37 @@ int64_t ws_tracker_in_flight(const ws_tracker *tracker, ws_in_flight *out, size_
     return list_slots(tracker, out, room);
 }
 
+static void add_to_sums(const ws_tracker *tracker, uint64_t sectors) {
+    __atomic_fetch_add(&tracker->sums[0].written, sectors, __ATOMIC_SEQ_CST);
+    __atomic_fetch_add(&tracker->sums[0].discarded, sectors, __ATOMIC_SEQ_CST);
+}
+
 int ws_tracker_forget(const ws_tracker *tracker, const ws_in_flight *write) {
     if (tracker->range->bio_based) {
         __u64 key = write->key;
         return bpf_map_delete_elem(tracker->bios, &key) && errno != ENOENT ? -errno : 0;
     }
-    uint64_t expected = write->state;
-    __atomic_compare_exchange_n(&tracker->slots[write->key].state, &expected, expected >> 32 << 32,
-                                false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    struct dirty_slot *slot = &tracker->slots[write->key];
+    uint64_t expected = write->state, born = __atomic_load_n(&slot->born, __ATOMIC_ACQUIRE);
+    /* It has landed, unseen. Before its note goes: the sums and the notes are never too little. */
+    add_to_sums(tracker, (uint32_t)write->state);
+    if (__atomic_compare_exchange_n(&slot->state, &expected, expected >> 32 << 32, false,
+                                    __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+        __atomic_store_n(&slot->forgotten, born, __ATOMIC_RELEASE);
+    else
+        add_to_sums(tracker, -(uint64_t)(uint32_t)write->state);
     return 0;
+}
+
+/* The barrier: what the caller has read before stays before. */
+void ws_tracker_sum(const ws_tracker *tracker, uint64_t *written, uint64_t *discarded) {
+    *written = *discarded = 0;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    for (unsigned i = 0; i < tracker->cpus; i++) {
+        *written += ws_tracker_load(&tracker->sums[i].written);
+        *discarded += ws_tracker_load(&tracker->sums[i].discarded);
+    }
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
 uint64_t ws_tracker_load(const __u64 *counter) {
@@ -324,6 +369,10 @@ static int map_object(struct bpf_object *object, const struct dirty_range *range
         return error;
     *tracker->range = *range;
     error = map_words(bpf_object__find_map_fd_by_name(object, "dirty"), tracker, failure);
+    if (error)
+        return error;
+    struct bpf_map *sums = bpf_object__find_map_by_name(object, "sums");
+    error = map_sums(bpf_map__fd(sums), bpf_map__max_entries(sums), tracker, failure);
     if (error)
         return error;
     int fd = bpf_object__find_map_fd_by_name(object, in_flight_map(range));
@@ -394,6 +443,8 @@ static int publish(struct bpf_object *object, const struct dirty_range *range, c
         error = pin_map(object, "range", "range", pin_dir, failure);
     if (!error)
         error = pin_map(object, in_flight_map(range), "inflight", pin_dir, failure);
+    if (!error)
+        error = pin_map(object, "sums", "sums", pin_dir, failure);
     if (!error)
         error = attach_programs(object, range->bio_based, pin_dir, failure);
     if (error) {
@@ -484,6 +535,21 @@ static int open_words(const char *pin_dir, ws_tracker *tracker, ws_failure *fail
     return error;
 }
 
+static int open_sums(const char *pin_dir, ws_tracker *tracker, ws_failure *failure) {
+    int fd;
+    struct bpf_map_info info;
+    int error = open_pin(pin_dir, "sums", &fd, failure);
+    if (error)
+        return error;
+    error = describe_map(fd, &info, failure);
+    if (!error && info.value_size != sizeof(struct dirty_sum))
+        error = fail(failure, EINVAL, "use the sums in %s, whose size is wrong", pin_dir);
+    if (!error)
+        error = map_sums(fd, info.max_entries, tracker, failure);
+    close(fd);
+    return error;
+}
+
 static int open_in_flight(const char *pin_dir, ws_tracker *tracker, ws_failure *failure) {
     int fd;
     struct bpf_map_info info = {0};
@@ -547,6 +613,8 @@ int ws_tracker_open(const char *pin_dir, ws_tracker *tracker, ws_failure *failur
     if (!error)
         error = open_words(pin_dir, tracker, failure);
     if (!error)
+        error = open_sums(pin_dir, tracker, failure);
+    if (!error)
         error = open_in_flight(pin_dir, tracker, failure);
     for (unsigned i = 0; !error && i < tracker->range->link_count; i++)
         error = check_link(pin_dir, i, map_id, failure);
@@ -581,6 +649,8 @@ int ws_tracker_remove(const char *pin_dir, ws_failure *failure) {
         error = remove_pin(pin_dir, "range", failure);
     if (!error)
         error = remove_pin(pin_dir, "inflight", failure);
+    if (!error)
+        error = remove_pin(pin_dir, "sums", failure);
     if (!error && rmdir(pin_dir) && errno != ENOENT)
         error = fail(failure, errno, "remove the directory %s", pin_dir);
     return error;

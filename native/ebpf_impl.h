@@ -22,6 +22,8 @@ typedef struct {
     size_t words_bytes;       /* of the mapping: whole pages */
     struct dirty_slot *slots; /* request-based */
     int bios;                 /* bio-based: descriptor of the map */
+    struct dirty_sum *sums;
+    unsigned cpus;
 } ws_tracker;
 
 /* A write that was issued and has not been seen to complete. */
@@ -47,6 +49,9 @@ int64_t ws_tracker_in_flight(const ws_tracker *tracker, ws_in_flight *out, size_
 
 /* Forget one, unless it has changed since it was collected. Returns 0 or -errno. */
 int ws_tracker_forget(const ws_tracker *tracker, const ws_in_flight *write);
+
+/* What was seen of the whole disk since the attach, in sectors. */
+void ws_tracker_sum(const ws_tracker *tracker, uint64_t *written, uint64_t *discarded);
 
 uint64_t ws_tracker_load(const __u64 *counter);
 void ws_tracker_unmap(ws_tracker *tracker); /* all but the words, which views may still need */

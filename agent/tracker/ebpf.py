@@ -14,6 +14,7 @@ from pathlib import Path
 from agent.device import SECTOR_BYTES, DiskRange, disk_range, system_path
 from agent.errors import FailedPrecondition, InvalidArgument
 from agent.tracker import Take, has_mark
+from agent.tracker.audit import Audit
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
@@ -22,6 +23,7 @@ from native.ebpf import InFlight, KernelTracker, TrackedRange, remove
 _PROBE_BYTES = 4096
 _PROBE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
+_BIO_END_SECONDS = 0.02
 
 
 class EbpfTracker:
@@ -44,6 +46,7 @@ class EbpfTracker:
         self._pin_dir = pin_dir
         self._kernel: KernelTracker | None = None
         self._marks: DirtyBitmap | None = None
+        self._audit: Audit | None = None
         self._lost = 0
         self._system = system_path(os.fstat(device.fileno()).st_rdev)
 
@@ -69,6 +72,7 @@ class EbpfTracker:
         )
         try:
             self._prove(disk)
+            self._audit = Audit(_directory(disk), self._kernel, self._device.path)
         except BaseException:
             self.stop()
             raise
@@ -85,30 +89,36 @@ class EbpfTracker:
         self._marks = DirtyBitmap(
             self._device.size_bytes(), self._block_size_bytes, words=kernel.words
         )
+        self._audit = Audit(_directory(disk), kernel, self._device.path)
         # Since the attach: what was lost before the last take of the agent before us is not known.
         self._lost = 0
 
     def take(self, into: DirtyBitmap) -> Take:
         """See `agent.tracker.Tracker`."""
-        kernel, marks = self._attached()
-        # The counter first: what is lost after this is noticed by the next take.
-        lost = kernel.counters().lost
+        kernel, marks, audit = self._attached()
         self._forget_ended()
+        # Counters first: what is lost or missed after this is noticed by the next take.
+        missed = audit.check()
+        lost = kernel.counters().lost
         blocks = marks.take(into)
         # After the exchange: what is in flight now may land after it is read, so it stays dirty.
         for write in kernel.in_flight():
             self._mark(write)
-        if lost == self._lost:
+        if not missed and lost == self._lost:
             return Take(blocks * marks.block_size_bytes)
-        reason = f"{lost - self._lost} writes of unknown range on {self._device.path}"
-        self._lost = lost
         into.set_all()
-        return Take(marks.size_bytes, reason)
+        if missed:
+            self._start_again()
+        else:
+            missed = f"{lost - self._lost} writes of unknown range on {self._device.path}"
+            self._lost = lost
+            audit.begin()
+        return Take(into.size_bytes, missed)
 
     def look(self) -> int:
         """See `agent.tracker.Tracker`."""
-        kernel, marks = self._attached()
-        if kernel.counters().lost != self._lost:
+        kernel, marks, audit = self._attached()
+        if kernel.counters().lost != self._lost or audit.look():
             return marks.size_bytes
         # What is in flight marks only when it completes.
         in_flight = sum(write.sector_count for write in kernel.in_flight())
@@ -116,7 +126,7 @@ class EbpfTracker:
 
     def is_marked(self, offset_bytes: int, length_bytes: int) -> bool:
         """See `agent.tracker.Tracker`."""
-        kernel, marks = self._attached()
+        kernel, marks, _ = self._attached()
         if kernel.counters().lost != self._lost:
             return True
         if has_mark(marks, offset_bytes, length_bytes):
@@ -134,6 +144,7 @@ class EbpfTracker:
     def detach(self) -> None:
         """See `agent.tracker.Tracker`: the pins stay."""
         self._marks = None
+        self._end_audit()
         if self._kernel is not None:
             self._kernel.close()
             self._kernel = None
@@ -141,9 +152,22 @@ class EbpfTracker:
     def stop(self) -> None:
         """See `agent.tracker.Tracker`."""
         self._marks = None
+        self._end_audit()
         if self._kernel is not None:
             self._kernel.destroy()
             self._kernel = None
+
+    def _start_again(self) -> None:
+        """Attach new programs: those that missed writes may be gone. All is marked already."""
+        self.stop()
+        self.start()
+        _, _, audit = self._attached()
+        audit.begin()
+
+    def _end_audit(self) -> None:
+        if self._audit is not None:
+            self._audit.close()
+            self._audit = None
 
     def _forget_ended(self) -> None:
         """Drop notes of writes whose completion no program saw, where the disk is idle.
@@ -151,12 +175,20 @@ class EbpfTracker:
         Marked once more, for the take that follows. Where the kernel keeps no count of what is in
         flight, the notes stay, and their blocks dirty.
         """
-        kernel, _ = self._attached()
+        kernel, _, _ = self._attached()
         noted = kernel.in_flight()
-        if noted and self._is_idle():
-            for write in noted:
-                self._mark(write)
-                kernel.forget(write)
+        if not noted or not self._is_idle():
+            return
+        if kernel.watch.bio_based:
+            # Drivers count the end of a bio before they complete it: without its note it would be
+            # taken for one of unknown range.
+            time.sleep(_BIO_END_SECONDS)
+            noted = list(set(noted).intersection(kernel.in_flight()))
+            if not self._is_idle():
+                return
+        for write in noted:
+            self._mark(write)
+            kernel.forget(write)
 
     def _is_idle(self) -> bool:
         system = self._system
@@ -166,20 +198,22 @@ class EbpfTracker:
         return int((system / "inflight").read_text().split()[1]) == 0
 
     def _mark(self, write: InFlight) -> None:
-        kernel, marks = self._attached()
+        kernel, marks, _ = self._attached()
         watch = kernel.watch
         first = max(write.sector, watch.start_sector) - watch.start_sector
         end = min(write.sector + write.sector_count - watch.start_sector, watch.sector_count)
         if first < end:
             marks.set_range(first * SECTOR_BYTES, (end - first) * SECTOR_BYTES)
 
-    def _attached(self) -> tuple[KernelTracker, DirtyBitmap]:
-        if self._kernel is None or self._marks is None:
+    def _attached(self) -> tuple[KernelTracker, DirtyBitmap, Audit]:
+        if self._kernel is None or self._marks is None or self._audit is None:
             raise RuntimeError("the tracker is not started")
-        return self._kernel, self._marks
+        return self._kernel, self._marks, self._audit
 
     def _prove(self, disk: DiskRange) -> None:
-        kernel, _ = self._attached()
+        kernel = self._kernel
+        if kernel is None:
+            raise RuntimeError("the tracker is not started")
         probe = AlignedBuffer(_PROBE_BYTES)
         deadline = time.monotonic() + _PROBE_SECONDS
         while not kernel.counters().seen:
@@ -221,12 +255,16 @@ def _watch(disk: DiskRange, block_size_bytes: int) -> TrackedRange:
     )
 
 
+def _directory(disk: DiskRange) -> Path:
+    return Path("/sys/block") / disk.name
+
+
 def _settle(disk: DiskRange) -> None:
     """Let bios end that were submitted before the attach: their ranges are not known.
 
     Only saves a whole round: one that ends later is counted as lost, and all is sent again.
     """
-    inflight = Path(f"/sys/block/{disk.name}/inflight")
+    inflight = _directory(disk) / "inflight"
     deadline = time.monotonic() + _SETTLE_SECONDS
     while time.monotonic() < deadline and any(map(int, inflight.read_text().split())):
         time.sleep(0.01)

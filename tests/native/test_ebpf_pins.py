@@ -122,7 +122,7 @@ def test_an_existing_directory_is_left_alone(path: str, track: Track) -> None:
     assert tracked.marked() == {0}
 
 
-@pytest.mark.parametrize("pin", ["dirty", "range", "inflight", "link_0", "link_1"])
+@pytest.mark.parametrize("pin", ["dirty", "range", "inflight", "sums", "link_0", "link_1"])
 def test_incomplete_pins_are_refused_and_can_be_removed(path: str, track: Track, pin: str) -> None:
     pin_dir = track(path).kernel.pin_dir
     (Path(pin_dir) / pin).unlink()
@@ -147,7 +147,7 @@ def test_a_version_that_is_not_ours_is_refused(path: str, track: Track) -> None:
     pin = f"{pin_dir}/range"
     if shutil.which("bpftool") is None:
         pytest.skip("no bpftool installed")
-    value = bytearray(192)
+    value = bytearray(256)
     value[:8] = b"notours!"
     command = ["bpftool", "map", "update", "pinned", pin, "key", "0", "0", "0", "0", "value"]
     devices.run(*command, *map(str, value))

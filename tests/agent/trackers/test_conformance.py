@@ -161,7 +161,7 @@ def test_a_copy_that_follows_the_takes_ends_equal(subject: Subject, shadow: Path
     takes = 0
     while guest.is_alive() or not takes:
         marks = DirtyBitmap(subject.size, subject.block)
-        subject.tracker.take(marks)
+        assert not subject.tracker.take(marks).suspect
         subject.send(marks, shadow)
         takes += 1
     guest.join()
