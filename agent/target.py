@@ -477,7 +477,8 @@ class TargetSession:
         """Iterate (offset, chunk digests) over a volume, read from the device itself."""
         if volume >= len(self._plan.volumes):
             raise InvalidArgument("NO_SUCH_VOLUME", f"there is no volume {volume}", volume=volume)
-        if self.state in (State.PENDING, State.FAILED, State.CANCELLED, State.ROLLED_BACK):
+        # PENDING may be asked: the source knows of its connections a moment before we do.
+        if self.state in (State.FAILED, State.CANCELLED, State.ROLLED_BACK):
             raise FailedPrecondition(
                 "NOT_COMPARABLE", f"the target is {self.state}; nothing to compare", id=self.id
             )
