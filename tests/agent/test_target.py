@@ -350,14 +350,17 @@ def test_a_stream_that_has_begun_has_no_deadline(target: Path) -> None:
 
 def test_digests(source: Path, target: Path) -> None:
     async def steps(registry: Registry, session: TargetSession) -> None:
-        with pytest.raises(FailedPrecondition, match="nothing to compare"):
-            _ = [item async for item in session.digests(0)]
+        before = digests(read_all(target))
+        assert [item async for item in session.digests(0)] == [(0, before)]
         session.begin_stream()
         await receive(session, source)
         with pytest.raises(InvalidArgument):
             _ = [item async for item in session.digests(1)]
         found = [item async for item in session.digests(0)]
         assert found == [(0, digests(read_all(target)))]
+        session.abort("enough", cancelled=True)
+        with pytest.raises(FailedPrecondition, match="nothing to compare"):
+            _ = [item async for item in session.digests(0)]
 
     trial(target, steps)
 
