@@ -1,4 +1,4 @@
-"""A short gauntlet: some schedules, and that its parts do what they say. `make gauntlet` plays on."""
+"""A short gauntlet, and that its parts do what they say. `make gauntlet` plays on."""
 
 from __future__ import annotations
 
@@ -130,8 +130,6 @@ def _write(disk: FragileDisk, offset: int, word: bytes, *, flush: bool) -> None:
         opened.write(offset, word.ljust(4096, b"\0"))
         if flush:
             os.fsync(opened.fd)
-        else:
-            os.close(os.dup(opened.fd))
 
 
 def _read(disk: FragileDisk, offset: int) -> bytes:

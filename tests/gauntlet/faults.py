@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 from tests.e2e import disks
 from tests.gauntlet.field import Field
@@ -179,7 +180,7 @@ def _reboot_source(ground: Field, seconds: float) -> None:
             pin.unlink()
     with ExitStack() as undo:
         for volume in ground.volumes:
-            if volume.source.startswith("/dev/") or volume.fragile_source is not None:
+            if Path(volume.source).is_block_device():  # files keep their permissions
                 undo.callback(disks.unfence, volume.source)
     ground.hosts["source"].reboot()
     time.sleep(seconds / 4)

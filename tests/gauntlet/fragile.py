@@ -1,7 +1,8 @@
 """A disk with a volatile cache: it fails, stalls, and loses what was not flushed.
 
-A loop device on a file that nbdfuse shows of nbdkit, whose cache filter keeps writes until a flush;
-killed with SIGKILL, the cache is gone. `path` is a link: a new loop device takes the old one's place.
+A loop device on a file that nbdfuse shows of nbdkit, whose cache filter keeps writes until a
+flush; killed with SIGKILL, the cache is gone. `path` is a link: a new loop device takes the old
+one's place.
 """
 
 from __future__ import annotations

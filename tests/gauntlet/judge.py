@@ -95,5 +95,3 @@ def _verify(ground: Field, path: str) -> None:
             guest.finish(guest.fio(path, "--rw=read", *WRITERS["verify"][1:4]))
         except AssertionError as error:
             raise BreachError(f"fio finds its blocks spoilt: {path}: {error}") from error
-
-

@@ -33,8 +33,8 @@ def play(plan: Schedule, directory: Path, pins: Path, struck: Counter[str]) -> s
             if shown["state"] in (*ENDED, "CUT_OVER", GONE):
                 break
             # A second time where the first did not come to an end.
-            fault = plan.cutover if attempt <= plan.seed % 2 else None
-            shown = _cut_over(ground, name, fault, struck)
+            struck_by = plan.cutover if attempt <= plan.seed % 2 else None
+            shown = _cut_over(ground, name, struck_by, struck)
         how = judge(ground, name, shown)
         if how == "cut over":
             _end(ground, name, struck)
@@ -54,14 +54,14 @@ def _migrate(ground: Field) -> str:
 
 def _cut_over(ground: Field, name: str, fault: Fault | None, struck: Counter[str]) -> Shown:
     """Ask for the cutover, and perhaps strike a moment later."""
-    _ask_and_strike(ground, ("cutover", name, "--force"), name, fault, struck)
+    _ask_and_strike(ground, ("cutover", name, "--force"), fault, struck)
     return ground.wait(name, "CUT_OVER", "CONVERGED", *ENDED)
 
 
 def _end(ground: Field, name: str, struck: Counter[str]) -> None:
     """Roll back or finish, with a fault in it, until it is done."""
     words = (ground.plan.ending, name)
-    _ask_and_strike(ground, words, name, ground.plan.ending_fault, struck, where=f"{words[0]}: ")
+    _ask_and_strike(ground, words, ground.plan.ending_fault, struck)
     for _ in range(_ATTEMPTS):
         if ground.shown(name)["state"] in ENDED:
             break
@@ -75,17 +75,16 @@ def _end(ground: Field, name: str, struck: Counter[str]) -> None:
 def _ask_and_strike(
     ground: Field,
     words: tuple[str, ...],
-    name: str,
     fault: Fault | None,
     struck: Counter[str],
-    where: str = "cutover: ",
 ) -> None:
     """Ask for something in a process of its own, and let a fault come in between."""
+    what, name = words[:2]
     asking = ground.source.start(*words)
     if fault is not None:
         here = Counter[str]()
         strike(ground, fault, name, here)
-        struck.update({f"{where}{kind}": count for kind, count in here.items()})
+        struck.update({f"{what}: {kind}": count for kind, count in here.items()})
     with suppress(subprocess.TimeoutExpired):
         asking.communicate(timeout=SECONDS)
     asking.kill()

@@ -30,9 +30,7 @@ class Volume:
 def make_volume(stack: ExitStack, plan: Schedule, index: int) -> Volume:
     """Make a volume of a schedule; its source is filled, its target soiled or an older copy."""
     wanted, seed = plan.volumes[index], plan.seed + index
-    source, fragile_source = _make(
-        stack, wanted.source, wanted.size_bytes, seed, volatile=False
-    )
+    source, fragile_source = _make(stack, wanted.source, wanted.size_bytes, seed, volatile=False)
     content.fill(source, seed)
     needed_bytes = -(-disks.size_of(source) // 4096) * 4096
     room_bytes = needed_bytes if wanted.exact else 2 * needed_bytes + MIB
@@ -54,6 +52,8 @@ def make_volume(stack: ExitStack, plan: Schedule, index: int) -> Volume:
 def _make(
     stack: ExitStack, kind: str, size_bytes: int, seed: int, *, volatile: bool
 ) -> tuple[str, FragileDisk | None]:
+    if kind == "loop4k":  # the kernel would make one of half a sector more
+        size_bytes = -(-size_bytes // 4096) * 4096
     if kind != "fragile":
         return disks.KINDS[kind](stack, size_bytes), None
     sector_size = 4096 if seed % 2 and size_bytes % 4096 == 0 else 512
