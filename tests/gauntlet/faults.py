@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -13,10 +14,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from tests.e2e import disks
-from tests.gauntlet.field import Field
+from tests.gauntlet.field import BreachError, Field
 from tests.gauntlet.schedule import Fault
 from tests.gauntlet.volumes import enlarge
 
+_INTRUSIONS = 4
 _JUMPS = (-3600, -10, 10, 3600, 86_400)
 """How far wall clocks go, in seconds."""
 
@@ -95,6 +97,8 @@ def _strike_network(ground: Field, fault: Fault) -> None:
             proxy.garble(1 if fault.kind == "garble" else 12)
         case "stranger":
             _call_as_stranger(ground)
+        case "intruder":
+            _intrude(ground)
         case _:
             raise ValueError(fault.kind)
 
@@ -105,6 +109,20 @@ def _call_as_stranger(ground: Field) -> None:
     for number in (int(port), int(port) + 1):
         with suppress(OSError), socket.create_connection((host, number), timeout=1.0) as stranger:
             stranger.sendall(random.Random(ground.plan.seed).randbytes(4096))
+
+
+def _intrude(ground: Field) -> None:
+    """Somebody wants the targets for himself: what the agent holds he must not get."""
+    for volume in ground.volumes:
+        real, got = os.path.realpath(volume.target), 0
+        for _ in range(_INTRUSIONS):
+            held = real in ground.target.held()
+            free = disks.is_free(volume.target)
+            # Between two sessions it is let go of for a moment, and claimed anew.
+            got += held and free and real in ground.target.held()
+            time.sleep(0.1)
+        if got == _INTRUSIONS:
+            raise BreachError(f"{volume.target} can be claimed while it is written to")
 
 
 def _break_source(ground: Field, seconds: float) -> None:

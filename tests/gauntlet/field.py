@@ -18,12 +18,12 @@ from tests.e2e.test_transport import Authority
 from tests.gauntlet.host import Host
 from tests.gauntlet.proxy import Proxy
 from tests.gauntlet.schedule import WRITERS, Schedule
-from tests.gauntlet.volumes import Volume, make_volume
+from tests.gauntlet.volumes import Volume, guest_disk, make_volume
 
 SECONDS = 60.0
 """How long anything may take before it counts as a hang; nothing is measured with it."""
 
-RETRIES = ("PEER_UNREACHABLE", "DEADLINE_EXCEEDED", "AGENT_STOPPED")
+RETRIES = ("PEER_UNREACHABLE", "DEADLINE_EXCEEDED", "AGENT_STOPPED", "TLS_HANDSHAKE_FAILED")
 
 GONE = "GONE"
 """The state of a migration that its agent has forgotten."""
@@ -36,13 +36,15 @@ class BreachError(AssertionError):
 class Field:
     """What one schedule is played on."""
 
-    def __init__(self, plan: Schedule, directory: Path, pins: Path, stack: ExitStack) -> None:
+    def __init__(
+        self, plan: Schedule, directory: Path, pins: Path, stack: ExitStack, breach: str
+    ) -> None:
         self.plan = plan
         self._directory, self._pins, self._stack = directory, pins, stack
         authority = Authority(directory / "ca")
         self._flags = {name: authority.flags(name) for name in ("source", "target", "client")}
         self.volumes: list[Volume] = [make_volume(stack, plan, i) for i in range(len(plan.volumes))]
-        self.hosts = {name: Host(directory, name, plan) for name in ("source", "target")}
+        self.hosts = {name: Host(directory, name, plan, breach) for name in ("source", "target")}
         self._agents = stack.enter_context(ExitStack())  # ends before its devices
         self.source = self._start("source", f"127.0.0.1:{_free_ports()}")
         self.target = self._start("target", f"127.0.0.1:{_free_ports()}")
@@ -70,10 +72,11 @@ class Field:
         """Let the writers begin."""
         options = (*WRITERS[self.plan.writer], "--rate=4m,4m,4m", "--time_based", "--runtime=900")
         for volume in self.volumes:
-            path, size = volume.source, disks.size_of(volume.source) // 4096 * 4096
+            path, start = guest_disk(volume, self.plan)
+            size = disks.size_of(volume.source) // 4096 * 4096
             if self.plan.writer == "verify":  # every block is to have its header
                 guest.finish(guest.fio(path, "--rw=write", *WRITERS["verify"][1:]))
-            limit = () if self.plan.writer == "verify" else (f"--size={size}",)
+            limit = () if self.plan.writer == "verify" else (f"--size={size}", f"--offset={start}")
             writer = guest.boot(path, *options, *limit, f"--randseed={self.plan.seed}")
             self.writers.append(writer)
             self._stack.callback(guest.destroy, writer)
@@ -140,10 +143,10 @@ class Field:
 
 
 @contextmanager
-def field(plan: Schedule, directory: Path, pins: Path) -> Iterator[Field]:
+def field(plan: Schedule, directory: Path, pins: Path, breach: str = "") -> Iterator[Field]:
     """Everything that a schedule needs, gone at the end whatever happens."""
     with ExitStack() as stack:
-        yield Field(plan, directory, pins, stack)
+        yield Field(plan, directory, pins, stack, breach)
 
 
 def _free_ports() -> int:

@@ -19,7 +19,7 @@ _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 class Host:
     """`command` is what an agent is run with."""
 
-    def __init__(self, directory: Path, name: str, plan: Schedule) -> None:
+    def __init__(self, directory: Path, name: str, plan: Schedule, breach: str = "") -> None:
         self._boot = directory / f"{name}.boot_id"
         self._ahead = directory / f"{name}.clock"
         self.reboot()
@@ -27,7 +27,7 @@ class Host:
         preload = f"LD_PRELOAD={_clock()}" if f"clock {name}" in plan.kinds else "LD_PRELOAD="
         mount = f'mount --bind {self._boot} {_BOOT_ID} && exec "$@"'
         self.command = (
-            *("env", preload, f"WARMSYNC_TEST_CLOCK={self._ahead}"),
+            *("env", preload, f"WARMSYNC_TEST_CLOCK={self._ahead}", *_break(breach)),
             # As a slave it sees what is unmounted later: else it would hold disks that are gone.
             *("unshare", "--mount", "--propagation", "slave", "sh", "-c", mount, "sh"),
         )
@@ -41,6 +41,15 @@ class Host:
     def set_clock(self, ahead_seconds: int) -> None:
         """Let the wall clock jump, also of an agent that runs."""
         self._ahead.write_text(str(ahead_seconds))
+
+
+def _break(breach: str) -> tuple[str, ...]:
+    """Return the environment in which an agent breaks a rule."""
+    if not breach:
+        return ()
+    here = Path(__file__).parent
+    places = f"{here / 'breaches' / 'preload'}:{here.parents[1]}"
+    return f"PYTHONPATH={places}", f"WARMSYNC_TEST_BREACH={breach}"
 
 
 @cache

@@ -18,9 +18,14 @@ _ATTEMPTS = 4
 """How often a cutover is asked for, and an ending, before it counts as refused for ever."""
 
 
-def play(plan: Schedule, directory: Path, pins: Path, struck: Counter[str]) -> str:
-    """Play a schedule; returns how it ended, and counts what `struck`. BreachError."""
-    with field(plan, directory, pins) as ground:
+def play(
+    plan: Schedule, directory: Path, pins: Path, struck: Counter[str], breach: str = ""
+) -> str:
+    """Play a schedule; returns how it ended, and counts what `struck`. BreachError.
+
+    `breach` names what the agents do wrong on purpose; see `tests.gauntlet.breaches`.
+    """
+    with field(plan, directory, pins, breach) as ground:
         ground.boot()
         name = _migrate(ground)
         for fault in plan.faults:
@@ -62,12 +67,13 @@ def _end(ground: Field, name: str, struck: Counter[str]) -> None:
     """Roll back or finish, with a fault in it, until it is done."""
     words = (ground.plan.ending, name)
     _ask_and_strike(ground, words, ground.plan.ending_fault, struck)
+    answer = None
     for _ in range(_ATTEMPTS):
         if ground.shown(name)["state"] in ENDED:
             break
         answer = ground.ask(ground.source, *words)
-        time.sleep(0.2 if answer.code else 0.0)
-    else:
+        time.sleep(0.2)
+    if ground.shown(name)["state"] not in ENDED:
         raise BreachError(f"{words} refused: {answer}")
     judge_ending(ground, name)
 

@@ -32,6 +32,8 @@ def make_volume(stack: ExitStack, plan: Schedule, index: int) -> Volume:
     wanted, seed = plan.volumes[index], plan.seed + index
     source, fragile_source = _make(stack, wanted.source, wanted.size_bytes, seed, volatile=False)
     content.fill(source, seed)
+    if wanted.source == "file":
+        _dig_holes(source)
     needed_bytes = -(-disks.size_of(source) // 4096) * 4096
     room_bytes = needed_bytes if wanted.exact else 2 * needed_bytes + MIB
     small = stack.enter_context(small_directory()) if wanted.target == "small" else None
@@ -59,6 +61,20 @@ def _make(
     sector_size = 4096 if seed % 2 and size_bytes % 4096 == 0 else 512
     disk = stack.enter_context(fragile_disk(size_bytes, sector_size, volatile=volatile))
     return disk.path, disk
+
+
+def _dig_holes(path: str) -> None:
+    """Let a quarter of a file be holes, which nobody has to read; the target has other things."""
+    for offset in range(MIB, disks.size_of(path) - MIB, 4 * MIB):
+        devices.run("fallocate", "--punch-hole", f"--offset={offset}", f"--length={MIB}", path)
+
+
+def guest_disk(volume: Volume, plan: Schedule) -> tuple[str, int]:
+    """Return what the guest writes to, and where on it the volume begins, in bytes."""
+    start = Path("/sys/class/block") / Path(volume.source).name / "start"
+    if not (plan.whole_disk and start.exists()):
+        return volume.source, 0
+    return volume.source.rpartition("p")[0], int(start.read_text()) * 512
 
 
 def _copy_some(source: str, target: str) -> None:
