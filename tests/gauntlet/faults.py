@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from contextlib import suppress
 
 from tests.e2e import disks
+from tests.gauntlet.disk_faults import DISKS
 from tests.gauntlet.field import BreachError, Field
 from tests.gauntlet.schedule import Fault
-from tests.gauntlet.volumes import enlarge
 
 _INTRUSIONS = 4
 _JUMPS = (-3600, -10, 10, 3600, 86_400)
@@ -30,7 +28,7 @@ def strike(ground: Field, fault: Fault, name: str, struck: Counter[str]) -> None
     if kind in ("kill", "stop"):
         _end_agents(ground, kind, who, fault.seconds / 4)
     elif kind in ("source", "target"):
-        _DISKS[fault.kind](ground, fault.seconds)
+        DISKS[fault.kind](ground, fault.seconds)
     elif kind in _AGENTS:
         _AGENTS[kind](ground, who, fault.seconds)
     elif kind in ("pause", "limit", "cancel", "cutover"):
@@ -123,97 +121,3 @@ def _intrude(ground: Field) -> None:
             time.sleep(0.1)
         if got == _INTRUSIONS:
             raise BreachError(f"{volume.target} can be claimed while it is written to")
-
-
-def _break_source(ground: Field, seconds: float) -> None:
-    disk = ground.volumes[0].fragile_source
-    assert disk is not None, ground.plan
-    with disk.failing("pread"):
-        time.sleep(seconds / 4)
-
-
-def _stall_source(ground: Field, seconds: float) -> None:
-    disk = ground.volumes[0].fragile_source
-    assert disk is not None, ground.plan
-    with disk.stalled():
-        time.sleep(seconds)
-
-
-def _break_target(ground: Field, seconds: float) -> None:
-    disk = ground.volumes[0].fragile_target
-    assert disk is not None, ground.plan
-    with disk.failing("pwrite", "zero"):
-        time.sleep(seconds / 2)
-
-
-def _stall_target(ground: Field, seconds: float) -> None:
-    disk = ground.volumes[0].fragile_target
-    assert disk is not None, ground.plan
-    with disk.stalled():
-        time.sleep(seconds)
-
-
-def _lose_target(ground: Field, _: float) -> None:
-    """The disk goes, with its cache, and comes again under the same name; the agent lives."""
-    disk = ground.volumes[0].fragile_target
-    assert disk is not None, ground.plan
-    disk.lose()
-
-
-def _fill_target(ground: Field, seconds: float) -> None:
-    """It has been too small from the beginning; now it is mended."""
-    time.sleep(seconds)
-    small = ground.volumes[0].small
-    assert small is not None, ground.plan
-    enlarge(small)
-
-
-def _cut_power_of_target(ground: Field, seconds: float) -> None:
-    """Agent and disks end at one moment; nothing that was not flushed is there afterwards."""
-    ground.target.process.send_signal(signal.SIGSTOP)
-    losing = [one.fragile_target for one in ground.volumes if one.fragile_target is not None]
-    # The agent may be waiting for a disk: only when they are dead can it die.
-    for disk in losing:
-        disk.kill()
-    ground.end("target", signal.SIGKILL)
-    for disk in losing:
-        disk.lose()
-    ground.hosts["target"].reboot()
-    time.sleep(seconds / 4)
-    ground.start("target")
-
-
-def _forget(ground: Field, who: str) -> None:
-    ground.end(who, signal.SIGKILL)
-    shutil.rmtree(ground.state_dir(who))
-    ground.start(who)
-
-
-def _reboot_source(ground: Field, seconds: float) -> None:
-    """The kernel forgets tracking and fences; the guest, which is elsewhere here, writes on."""
-    agent = ground.source
-    ground.end("source", signal.SIGKILL)
-    for pin in agent.pins.rglob("*"):
-        if not pin.is_dir():
-            pin.unlink()
-    with ExitStack() as undo:
-        for volume in ground.volumes:
-            if Path(volume.source).is_block_device():  # files keep their permissions
-                undo.callback(disks.unfence, volume.source)
-    ground.hosts["source"].reboot()
-    time.sleep(seconds / 4)
-    ground.start("source")
-
-
-_DISKS: dict[str, Callable[[Field, float], None]] = {
-    "source EIO": _break_source,
-    "source stalls": _stall_source,
-    "source reboot": _reboot_source,
-    "source forgets": lambda ground, _: _forget(ground, "source"),
-    "target EIO": _break_target,
-    "target stalls": _stall_target,
-    "target full": _fill_target,
-    "target disk lost": _lose_target,
-    "target power cut": _cut_power_of_target,
-    "target forgets": lambda ground, _: _forget(ground, "target"),
-}
