@@ -14,6 +14,8 @@ import pytest
 
 from tests.content import Disk
 from tests.devices import require, scratch_directory
+from tests.gauntlet.breaches.__main__ import notice
+from tests.gauntlet.breaches.rules import BREACHES
 from tests.gauntlet.fragile import FragileDisk, fragile_disk
 from tests.gauntlet.host import Host
 from tests.gauntlet.play import play
@@ -34,6 +36,16 @@ def test_a_schedule_is_survived(seed: int) -> None:
     with bpffs() as pins, scratch_directory() as directory:
         how = play(plan, directory, pins, Counter())
     assert how in ("rolled back", "finished", "cancelled", "forgotten") or how.startswith("failed")
+
+
+def test_a_broken_rule_is_noticed() -> None:
+    require("root", "loop", "bpf", "nbdkit", "fio")
+    played, what = notice("4", SEEDS[0], len(SEEDS))
+    assert "bytes lost" in what, f"{played} schedules, and nobody missed the flush"
+
+
+def test_each_rule_has_a_breach() -> None:
+    assert {one.rule for one in BREACHES.values()} == set(range(1, 14))
 
 
 def test_every_fault_happens() -> None:
