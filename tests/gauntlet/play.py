@@ -90,7 +90,7 @@ def _ask_and_strike(
     if fault is not None:
         here = Counter[str]()
         strike(ground, fault, name, here)
-        struck.update({f"{what}: {kind}": count for kind, count in here.items()})
+        struck.update({f"{what}: {kind}": 1 for kind in here if kind != "none"})
     with suppress(subprocess.TimeoutExpired):
         asking.communicate(timeout=SECONDS)
     asking.kill()
