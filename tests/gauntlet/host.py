@@ -1,19 +1,17 @@
 """What an agent takes for its host: a boot id and a wall clock of its own.
 
-The boot id is a file that is mounted over the kernel's in a mount namespace of the agent; the
-clock is `clock.c`, preloaded. The machine's own are left alone.
+Both come from files, through the library `host.c`, preloaded. The machine's own are left alone.
 """
 
 from __future__ import annotations
 
+import os
 import uuid
 from functools import cache
 from pathlib import Path
 
 from tests import devices
 from tests.gauntlet.schedule import Schedule
-
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 class Host:
@@ -24,18 +22,12 @@ class Host:
         self._ahead = directory / f"{name}.clock"
         self.reboot()
         self.set_clock(0)
-        preload = f"LD_PRELOAD={_clock()}" if f"clock {name}" in plan.kinds else "LD_PRELOAD="
-        mount = f'mount --bind {self._boot} {_BOOT_ID} && exec "$@"'
-        self.command = (
-            *("env", preload, f"WARMSYNC_TEST_CLOCK={self._ahead}", *_break(breach)),
-            # As a slave it sees what is unmounted later: else it would hold disks that are gone.
-            *("unshare", "--mount", "--propagation", "slave", "sh", "-c", mount, "sh"),
-        )
+        clock = (f"WARMSYNC_TEST_CLOCK={self._ahead}",) if f"clock {name}" in plan.kinds else ()
+        boot = f"WARMSYNC_TEST_BOOT_ID={self._boot}"
+        self.command = ("env", f"LD_PRELOAD={_library()}", boot, *clock, *_break(breach))
 
     def reboot(self) -> None:
         """Have another boot id, which the next agent will see."""
-        # Another file: the one before stays mounted for whoever still runs.
-        self._boot.unlink(missing_ok=True)
         self._boot.write_text(f"{uuid.uuid4()}\n")
 
     def set_clock(self, ahead_seconds: int) -> None:
@@ -53,10 +45,11 @@ def _break(breach: str) -> tuple[str, ...]:
 
 
 @cache
-def _clock() -> Path:
+def _library() -> Path:
     """Build the library once; it lies beside the other things that were built."""
-    code = Path(__file__).with_name("clock.c")
-    built = Path(__file__).parents[2] / "build" / "gauntlet" / "clock.so"
+    code = Path(__file__).with_name("host.c")
+    built = Path(__file__).parents[2] / "build" / "gauntlet" / "host.so"
     built.parent.mkdir(parents=True, exist_ok=True)
-    devices.run("gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", code, "-o", built)
-    return built
+    made = built.with_suffix(f".{os.getpid()}")  # another run may be using it
+    devices.run("gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", code, "-o", made)
+    return made.rename(built)
