@@ -121,6 +121,8 @@ class Field:
         deadline = time.monotonic() + SECONDS
         while True:
             answer = agent.run(*words)
+            if answer.code and not answer.shown.get("error"):
+                raise BreachError(f"{words} failed without an object: {answer}")
             error = answer.shown.get("error") or {}
             if answer.code == 0 or error.get("reason") not in RETRIES:
                 return answer
