@@ -5,11 +5,11 @@ BIN    := $(VENV)/bin
 # -qq and no warnings: an index that lacks something, an editable install. Errors are still said.
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install -qq --no-build-isolation
 NATIVE := $(wildcard native/*.pyx native/*.pxd native/*.c native/*.h) $(wildcard protos/warmsync/v1/*.proto)
-C_FILES := $(filter %.c %.h,$(NATIVE)) $(wildcard benchmarks/*.c)
+C_FILES := $(filter %.c %.h,$(NATIVE)) $(wildcard benchmarks/*.c tests/gauntlet/*.c)
 # cython-lint looks for pycodestyle on the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help build setup demo test lint format bench gauntlet sanitize clean
+.PHONY: help build setup demo test lint format bench gauntlet breaches sanitize clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,8 +35,12 @@ bench: setup ## all benchmarks: ratios, measured side by side in one run
 	$(BIN)/python -m benchmarks --json build/bench/results.json \
 	  --markdown build/bench/results.md --picture build/bench/results.svg
 
-gauntlet: setup ## whole migrations at which everything is thrown: make gauntlet SEED=1 N=20
-	$(BIN)/python -m tests.gauntlet --seed $(or $(SEED),1) --count $(or $(N),20) --keep-going
+gauntlet: setup ## whole migrations at which everything is thrown: make gauntlet SEED=1 N=20 LOG=F
+	$(BIN)/python -m tests.gauntlet --seed $(or $(SEED),1) --count $(or $(N),20) --keep-going \
+	  $(if $(LOG),--log $(LOG))
+
+breaches: setup ## break each rule of the design on purpose until the gauntlet notices
+	$(BIN)/python -m tests.gauntlet.breaches
 
 sanitize: setup ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m pytest tests/test_sanitizers.py

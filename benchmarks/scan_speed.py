@@ -42,7 +42,9 @@ def measure(options: Options) -> Iterator[Figure]:
 def _know(tracker: ScanTracker, device: BlockDevice, size: int) -> None:
     """Fill the tracker's table as if all had been sent: a pass then finds nothing."""
     table = digest(device, 0, size, AlignedBuffer(2 * MIB))
-    tracker.digests[: len(table)] = table
+    kept = tracker.digests
+    assert kept is not None
+    kept[: len(table)] = table
 
 
 def _pass(tracker: ScanTracker, size: int) -> float:

@@ -27,7 +27,7 @@ def _loop() -> str | None:
 
 
 def _partitions() -> str | None:
-    return _loop() or _tool("sfdisk") or _tool("partx")
+    return _loop() or _tool("partx")
 
 
 def _zram() -> str | None:

@@ -43,15 +43,18 @@ class ScanTracker:
         self._kept: mmap.mmap | None = None
 
     @property
-    def digests(self) -> mmap.mmap:
-        """The table; entries are set as chunks are read for sending."""
-        if self._kept is None:
-            raise RuntimeError("the tracker is not started")
+    def digests(self) -> mmap.mmap | None:
+        """The table; entries are set as chunks are read for sending.
+
+        None before the start: what was handed over is not tracked any more.
+        """
         return self._kept
 
     @property
     def _table(self) -> mmap.mmap:
-        return self.digests
+        if self._kept is None:
+            raise RuntimeError("the tracker is not started")
+        return self._kept
 
     def start(self) -> None:
         """Nothing to attach: what is sent later than this is compared with the table."""

@@ -124,10 +124,11 @@ def test_an_agent_ends_and_starts_again(  # noqa: PLR0917 - parameters and fixtu
     hosts.pair.assert_clean()
 
 
+@pytest.mark.parametrize("tracker", TRACKERS)
 def test_a_fence_outlives_its_agent_and_goes_up_again(
-    hosts: Hosts, volume: tuple[str, str]
+    hosts: Hosts, volume: tuple[str, str], tracker: str
 ) -> None:
-    name = hosts.pair.start("--max-downtime", "20s", volumes=[volume])
+    name = hosts.pair.start("--tracker", tracker, "--max-downtime", "20s", volumes=[volume])
     hosts.source.wait(name, "CONVERGED")
     hosts.source.ask("cutover", name)
     hosts.end("source", signal.SIGKILL)
@@ -139,6 +140,7 @@ def test_a_fence_outlives_its_agent_and_goes_up_again(
     hosts.start("source")
     assert disks.is_fenced(volume[0])
     assert hosts.source.show(name)["state"] == hosts.target.show(name)["state"] == "CUT_OVER"
+    assert hosts.source.ask("verify", name)["equal"] is True
     assert hosts.source.ask("rollback", name)["state"] == "ROLLED_BACK"
     assert not disks.is_fenced(volume[0])
     assert hosts.target.show(name)["state"] == "ROLLED_BACK"

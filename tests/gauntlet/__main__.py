@@ -12,8 +12,9 @@ from pathlib import Path
 import click
 
 from tests import host
-from tests.gauntlet.field import play
+from tests.gauntlet.play import play
 from tests.gauntlet.schedule import schedule
+from tests.gauntlet.tally import BROKEN, Record, append, table
 from tests.native.tracking import bpffs
 
 
@@ -22,37 +23,43 @@ from tests.native.tracking import bpffs
 @click.option("--count", default=20, help="How many schedules.", show_default=True)
 @click.option("--keep-going", is_flag=True, help="Play on after a failure.")
 @click.option("--minutes", type=float, help="Begin no schedule later than this.")
-def main(seed: int, count: int, *, keep_going: bool, minutes: float | None) -> None:
+@click.option("--log", type=Path, help="Append a line of JSON for each schedule to this file.")
+def main(
+    seed: int, count: int, *, keep_going: bool, minutes: float | None, log: Path | None
+) -> None:
     """Throw everything at whole migrations, and compare every byte."""
-    ended: Counter[str] = Counter()
-    faults: Counter[str] = Counter()
-    broken: list[int] = []
+    records: list[Record] = []
     began = time.monotonic()
     with bpffs() as pins:
         for number in range(seed, seed + count):
             if minutes is not None and time.monotonic() - began > minutes * 60:
                 break
-            plan = schedule(number)
-            started = time.monotonic()
-            with tempfile.TemporaryDirectory(prefix="warmsync-test-", dir=host.SCRATCH) as place:
-                try:
-                    how = play(plan, Path(place), pins / str(number))
-                except Exception as error:
-                    how = "BROKEN"
-                    broken.append(number)
-                    traceback.print_exception(error)
-                    for log in sorted(Path(place).glob("*.log")):
-                        print(f"--- {log.name}\n{log.read_text()[-6000:]}", file=sys.stderr)
-            ended[how] += 1
-            faults.update(fault.kind for fault in plan.faults)
-            faults[f"cutover: {plan.cutover_fault}"] += 1
-            print(f"{how:10} {time.monotonic() - started:5.1f} s  {plan}", flush=True)
-            if broken and not keep_going:
+            record = run(number, pins / str(number))
+            records.append(record)
+            if log is not None:
+                append(log, record)
+            print(f"{record.how:12} {record.seconds:5.1f} s  {record.plan}", flush=True)
+            if record.how == BROKEN and not keep_going:
                 break
-    print(f"\n{sum(ended.values())} schedules: {dict(ended)}")
-    print("faults: " + ", ".join(f"{name} {count}" for name, count in sorted(faults.items())))
-    if broken:
+    print(f"\n{table(records)}")
+    if broken := [one.seed for one in records if one.how == BROKEN]:
         raise click.ClickException(f"broken; repeat with --count 1 --seed, one of {broken}")
+
+
+def run(seed: int, pins: Path) -> Record:
+    """Play the schedule of a seed; what went wrong is printed with the agents' logs."""
+    plan, started = schedule(seed), time.monotonic()
+    struck = Counter[str]()
+    error = ""
+    with tempfile.TemporaryDirectory(prefix="warmsync-test-", dir=host.SCRATCH) as place:
+        try:
+            how = play(plan, Path(place), pins, struck)
+        except Exception as broken:
+            how, error = BROKEN, f"{type(broken).__name__}: {broken}"
+            traceback.print_exception(broken)
+            for log in sorted(Path(place).glob("*.log")):
+                print(f"--- {log.name}\n{log.read_text()[-6000:]}", file=sys.stderr)
+    return Record(seed, how, time.monotonic() - started, dict(struck), str(plan), error)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ class Proxy:
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._open = threading.Event()
         self._open.set()
-        self._back = threading.Event()
+        self._forth, self._back = threading.Event(), threading.Event()
+        self._forth.set()
         self._back.set()
         self._garbled = 0
         self._delay_seconds = 0.0
@@ -42,6 +43,10 @@ class Proxy:
         """Let nothing through, or let it go on; connections stay."""
         (self._open.clear if held else self._open.set)()
 
+    def hold_requests(self, *, held: bool) -> None:
+        """Let nothing through to the target: what it says arrives, what it is told does not."""
+        (self._forth.clear if held else self._forth.set)()
+
     def hold_answers(self, *, held: bool) -> None:
         """Let nothing back to the source: what is asked arrives, what is answered does not."""
         (self._back.clear if held else self._back.set)()
@@ -58,6 +63,7 @@ class Proxy:
         """Be a good network again."""
         self._garbled, self._delay_seconds = 0, 0.0
         self.hold(held=False)
+        self.hold_requests(held=False)
         self.hold_answers(held=False)
 
     def close(self) -> None:
@@ -105,11 +111,12 @@ class Proxy:
                 target=self._pump, args=(pair, theirs, ours, self._await_back), daemon=True
             )
             back.start()
-            self._pump(pair, ours, theirs, self._await_open)
+            self._pump(pair, ours, theirs, self._await_forth)
             back.join()
 
-    def _await_open(self) -> None:
+    def _await_forth(self) -> None:
         self._open.wait()
+        self._forth.wait()
 
     def _await_back(self) -> None:
         self._open.wait()

@@ -1,0 +1,98 @@
+"""The order of play: boot, migrate, strike, power off, cut over, judge, end, judge again."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+from tests.e2e.agents import ENDED, Shown
+from tests.gauntlet.faults import strike
+from tests.gauntlet.field import GONE, SECONDS, BreachError, Field, field
+from tests.gauntlet.judge import judge, judge_ending
+from tests.gauntlet.schedule import Fault, Schedule
+
+_ATTEMPTS = 4
+"""How often a cutover is asked for, and an ending, before it counts as refused for ever."""
+
+
+def play(
+    plan: Schedule, directory: Path, pins: Path, struck: Counter[str], breach: str = ""
+) -> str:
+    """Play a schedule; returns how it ended, and counts what `struck`. BreachError.
+
+    `breach` names what the agents do wrong on purpose; see `tests.gauntlet.breaches`.
+    """
+    with field(plan, directory, pins, breach) as ground:
+        ground.boot()
+        name = _migrate(ground)
+        for fault in plan.faults:
+            strike(ground, fault, name, struck)
+        ground.proxy.heal()
+        ground.ask(ground.source, "update", name, "--bandwidth-limit", "0")
+        shown = ground.wait(name, "CONVERGED", "CUT_OVER", *ENDED)
+        ground.power_off()
+        for attempt in range(_ATTEMPTS):
+            if shown["state"] in (*ENDED, "CUT_OVER", GONE):
+                break
+            # A second time where the first did not come to an end.
+            struck_by = plan.cutover if attempt <= plan.seed % 2 else None
+            shown = _cut_over(ground, name, struck_by, struck)
+        how = judge(ground, name, shown)
+        if how == "cut over":
+            _end(ground, name, struck)
+            how = "rolled back" if plan.ending == "rollback" else "finished"
+        return how
+
+
+def _migrate(ground: Field) -> str:
+    plan = ground.plan
+    words = ["--tracker", plan.tracker, "--carrier", plan.carrier, "--max-downtime", "20s"]
+    words += ["--bandwidth-limit", "16M", "--id", f"g{plan.seed}"]
+    words += ["--reuse-target"] if plan.reuse_target else []
+    pairs = [f"{one.source}:{one.target}" for one in ground.volumes]
+    volumes = [word for pair in pairs for word in ("--volume", pair)]
+    return str(ground.source.ask("migrate", "--peer", ground.peer, *volumes, *words)["id"])
+
+
+def _cut_over(ground: Field, name: str, fault: Fault | None, struck: Counter[str]) -> Shown:
+    """Ask for the cutover, and perhaps strike a moment later."""
+    _ask_and_strike(ground, ("cutover", name, "--force"), fault, struck)
+    return ground.wait(name, "CUT_OVER", "CONVERGED", *ENDED)
+
+
+def _end(ground: Field, name: str, struck: Counter[str]) -> None:
+    """Roll back or finish, with a fault in it, until it is done."""
+    words = (ground.plan.ending, name)
+    _ask_and_strike(ground, words, ground.plan.ending_fault, struck)
+    answer = None
+    for _ in range(_ATTEMPTS):
+        if ground.shown(name)["state"] in ENDED:
+            break
+        answer = ground.ask(ground.source, *words)
+        time.sleep(0.2)
+    if ground.shown(name)["state"] not in ENDED:
+        raise BreachError(f"{words} refused: {answer}")
+    judge_ending(ground, name)
+
+
+def _ask_and_strike(
+    ground: Field,
+    words: tuple[str, ...],
+    fault: Fault | None,
+    struck: Counter[str],
+) -> None:
+    """Ask for something in a process of its own, and let a fault come in between."""
+    what, name = words[:2]
+    asking = ground.source.start(*words)
+    if fault is not None:
+        here = Counter[str]()
+        strike(ground, fault, name, here)
+        struck.update({f"{what}: {kind}": 1 for kind in here if kind != "none"})
+    with suppress(subprocess.TimeoutExpired):
+        asking.communicate(timeout=SECONDS)
+    asking.kill()
+    asking.communicate()
+    ground.proxy.heal()
