@@ -71,6 +71,34 @@ def _direct() -> str | None:
     return None
 
 
+def _fuse() -> str | None:
+    if _loop():
+        return _loop()
+    return None if Path("/dev/fuse").exists() else "no /dev/fuse"
+
+
+def _file_system(kind: str, *tools: str) -> str | None:
+    if _fuse():
+        return _fuse()
+    missing = [reason for reason in map(_tool, tools) if reason]
+    if missing:
+        return missing[0]
+    known = Path("/proc/filesystems").read_text().split()
+    return None if kind in known else f"the kernel has no {kind}"
+
+
+def _ext4() -> str | None:
+    return _file_system("ext4", "mkfs.ext4", "e2fsck", "resize2fs")
+
+
+def _xfs() -> str | None:
+    return _file_system("xfs", "mkfs.xfs", "xfs_repair", "xfs_growfs")
+
+
+def _btrfs() -> str | None:
+    return _file_system("btrfs", "mkfs.btrfs", "btrfs")
+
+
 def _tool(name: str) -> str | None:
     return None if shutil.which(name) else f"no {name} installed"
 
@@ -84,6 +112,10 @@ _CHECKS = {
     "nbdkit": _nbdkit,
     "fio": _fio,
     "blkio": _blkio,
+    "fuse": _fuse,
+    "ext4": _ext4,
+    "xfs": _xfs,
+    "btrfs": _btrfs,
     f"O_DIRECT on {SCRATCH}": _direct,
 }
 

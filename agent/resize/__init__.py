@@ -164,6 +164,7 @@ class _Attempt:
     changes: Overlay
     layout: Layout
     table: Table
+    data_bytes: int
     former_end_bytes: int
     end_bytes: int
     place: Path
@@ -193,9 +194,14 @@ class _Attempt:
         if self.table.scheme is not Scheme.NONE:
             for offset, data in self.table.patches(self.changes.size_bytes):
                 self.changes.write(offset, data)
-        # What lay there before may not pass for the end of a RAID's member.
-        tail = max(self.end_bytes - _TAIL_BYTES, self.former_end_bytes)
-        self.changes.zero(tail, self.end_bytes - tail)
+        self._wipe(self.end_bytes, self.former_end_bytes)
+        if self.table.scheme is not Scheme.GPT:  # which has its copy there
+            self._wipe(self.changes.size_bytes, self.data_bytes)
+
+    def _wipe(self, end_bytes: int, least_bytes: int) -> None:
+        """What lay there before may not pass for the end of a RAID's member."""
+        start = max(end_bytes - _TAIL_BYTES, least_bytes)
+        self.changes.zero(start, end_bytes - start)
 
     def _read_back(self) -> Content:
         changes = self.changes
@@ -216,6 +222,7 @@ def _prepare(changes: Overlay, data_bytes: int, place: Path, limits: Limits) -> 
         changes=changes,
         layout=layout,
         table=table,
+        data_bytes=data_bytes,
         former_end_bytes=former.end_bytes if former else data_bytes,
         end_bytes=last.end_bytes if last else changes.size_bytes,
         place=place,
