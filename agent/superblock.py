@@ -93,6 +93,7 @@ def damaged(kind: str, start_bytes: int, what: str) -> FailedPrecondition:
         "check and repair it in the guest, then resize it there",
         kind=kind,
         start_bytes=start_bytes,
+        what=what,
     )
 
 

@@ -22,7 +22,7 @@ from agent.resize import filesystem, overlay, window
 from agent.resize.loop import attached
 from agent.resize.overlay import Overlay
 from agent.resize.tool import ToolError, Tools, find
-from agent.superblock import Content, Kind, find_content
+from agent.superblock import Content, Kind
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
 
@@ -147,6 +147,7 @@ def programs_missing() -> dict[Kind, list[str]]:
 def _on_overlay(device: BlockDevice, data_bytes: int, place: Path) -> Iterator[Overlay]:
     changes = None
     try:
+        undo_left_behind(device, place)
         changes = Overlay(device, data_bytes, place)
         yield changes
     except (ToolError, OSError) as error:
@@ -172,19 +173,30 @@ class _Attempt:
 
     def run(self) -> Content:
         """Check, grow, check again; return what is there then. The domain's errors, ToolError."""
-        content, point = self.layout.content, self.place.with_suffix(".mount")
-        seconds = self.limits.end_seconds
-        with window.opened(self.changes, self.place.with_suffix(".window"), seconds) as opened:
-            tools = Tools(self.limits.program_seconds, opened[0].fail)
-            with self._device(opened[1], self.former_end_bytes) as path:
-                filesystem.check(tools, path, content, point)
-            self._move_end()
-            with self._device(opened[1], self.end_bytes) as path:
-                filesystem.grow(tools, path, content, point)
-            with self._device(opened[1], self.end_bytes) as path:
-                grown = find_content(self.changes.read, content.start_bytes, self.end_bytes)
-                filesystem.check(tools, path, replace(grown, needs_replay=False), point)
+        point = self.place.with_suffix(".window")
+        with window.opened(self.changes, point, self.limits.end_seconds) as (view, file):
+            tools = Tools(self.limits.program_seconds, view.fail)
+            try:
+                self._grow(tools, file)
+            except (FailedPrecondition, ToolError):
+                view.check()  # a disk that cannot be read looks damaged
+                raise
+            view.check()
         return self._read_back()
+
+    def _grow(self, tools: Tools, file: int) -> None:
+        content, point = self.layout.content, self.place.with_suffix(".mount")
+        with self._device(file, self.former_end_bytes) as path:
+            filesystem.check(tools, path, content, point)
+        self._move_end()
+        with self._device(file, self.end_bytes) as path:
+            filesystem.grow(tools, path, content, point)
+        # Attached anew: what was written is in the overlay then.
+        with self._device(file, self.end_bytes) as path:
+            try:
+                filesystem.check(tools, path, replace(content, needs_replay=False), point)
+            except FailedPrecondition as error:
+                raise ToolError(f"not clean once it was grown: {error.values['what']}") from error
 
     def _device(self, file: int, end_bytes: int) -> AbstractContextManager[str]:
         start, sector = self.layout.content.start_bytes, self.changes.sector_bytes

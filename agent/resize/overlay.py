@@ -44,7 +44,11 @@ class Overlay:
         self._file = os.open(
             _changes(place), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
         )
-        os.truncate(self._file, self.size_bytes)
+        try:
+            os.truncate(self._file, self.size_bytes)
+        except OSError:
+            self.close()
+            raise
 
     def read(self, offset_bytes: int, length_bytes: int) -> bytes:
         """Return that many bytes. OSError, also beyond the end."""

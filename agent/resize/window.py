@@ -16,6 +16,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from pathlib import Path
 
 from agent.resize.overlay import Overlay
@@ -32,9 +33,29 @@ _DIRECT = 1
 _ZEROING = 0x02 | 0x10
 """FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE."""
 
-_FORGET, _GETATTR, _SETATTR, _OPEN, _READ, _WRITE, _STATFS, _RELEASE = 2, 3, 4, 14, 15, 16, 17, 18
-_FSYNC, _FLUSH, _INIT, _INTERRUPT, _DESTROY, _BATCH_FORGET, _FALLOC = 20, 25, 26, 36, 38, 42, 43
-_UNANSWERED = frozenset({_FORGET, _INTERRUPT, _BATCH_FORGET})
+
+class _Operation(IntEnum):
+    """enum fuse_opcode."""
+
+    FORGET = 2
+    GETATTR = 3
+    SETATTR = 4
+    OPEN = 14
+    READ = 15
+    WRITE = 16
+    STATFS = 17
+    RELEASE = 18
+    FSYNC = 20
+    FLUSH = 25
+    INIT = 26
+    INTERRUPT = 36
+    DESTROY = 38
+    BATCH_FORGET = 42
+    FALLOCATE = 43
+
+
+_UNANSWERED = frozenset({_Operation.FORGET, _Operation.INTERRUPT, _Operation.BATCH_FORGET})
+_PLAIN = frozenset({_Operation.RELEASE, _Operation.FSYNC, _Operation.FLUSH, _Operation.DESTROY})
 
 
 class Window:
@@ -44,12 +65,21 @@ class Window:
         self._overlay = overlay
         self._connection = connection
         self._failing = False
+        self._failure: OSError | None = None
         self._thread = threading.Thread(target=self._serve, name="resize-window", daemon=True)
         self._thread.start()
 
     def fail(self) -> None:
         """Answer everything from now on with EIO: who waits for the device gets on."""
         self._failing = True
+
+    def check(self) -> None:
+        """Raise the first OSError that a request met.
+
+        Not every program notices: what it wrote may have failed later, out of the page cache.
+        """
+        if self._failure is not None:
+            raise self._failure
 
     def join(self, seconds: float) -> bool:
         """Wait for the end of the connection; returns whether it came."""
@@ -78,11 +108,12 @@ class Window:
             answer = self._answer(operation, request)
         except OSError as error:
             code = -(error.errno or errno.EIO)
-            if operation in (_READ, _WRITE, _FALLOC):
-                _log.warning('resize: request failed reason="%s"', error)
-        except Exception:  # a request that nobody answers would hang its process for ever
+            if operation in (_Operation.READ, _Operation.WRITE):
+                self._failure = self._failure or error
+        except Exception as error:  # unanswered, it would hang its process for ever
             _log.exception("resize: request failed")
             code = -errno.EIO
+            self._failure = self._failure or OSError(errno.EIO, repr(error))
         try:
             os.writev(self._connection, [_OUT.pack(_OUT.size + len(answer), code, unique), answer])
         except OSError as error:
@@ -90,20 +121,20 @@ class Window:
                 _log.warning('resize: answer refused reason="%s"', error)
 
     def _answer(self, operation: int, request: memoryview) -> bytes:
-        if operation == _INIT:
+        if operation == _Operation.INIT:
             return _init()
         if self._failing:
             raise OSError(errno.EIO, "given up")
         match operation:
-            case 15:  # READ
+            case _Operation.READ:
                 _, offset, length, *_ = _TRANSFER.unpack_from(request)
                 return self._overlay.read(offset, length)
-            case 16:  # WRITE
+            case _Operation.WRITE:
                 _, offset, length, *_ = _TRANSFER.unpack_from(request)
                 data = bytes(request[_TRANSFER.size : _TRANSFER.size + length])
                 self._overlay.write(offset, data)
                 return struct.pack("<II", length, 0)
-            case 43:  # FALLOCATE
+            case _Operation.FALLOCATE:
                 _, offset, length, mode, _ = _FALLOCATE.unpack_from(request)
                 if not mode & _ZEROING:
                     raise OSError(errno.EOPNOTSUPP, "fallocate")
@@ -112,17 +143,17 @@ class Window:
         return self._describe(operation)
 
     def _describe(self, operation: int) -> bytes:
-        if operation in (_GETATTR, _SETATTR):
+        if operation in (_Operation.GETATTR, _Operation.SETATTR):
             size = self._overlay.size_bytes
             times = struct.pack("<QQQIII", 0, 0, 0, 0, 0, 0)
             rest = struct.pack("<IIIIIII", 0o100600, 1, 0, 0, 0, 4096, 0)
             return struct.pack("<QII", 3600, 0, 0) + struct.pack("<QQQ", 1, size, 0) + times + rest
-        if operation == _OPEN:
+        if operation == _Operation.OPEN:
             # Past the page cache: what a loop device has written is in the overlay.
             return struct.pack("<QII", 0, _DIRECT, 0)
-        if operation == _STATFS:
+        if operation == _Operation.STATFS:
             return bytes(80)
-        if operation in (_RELEASE, _FSYNC, _FLUSH, _DESTROY):
+        if operation in _PLAIN:
             return b""
         raise OSError(errno.ENOSYS, f"operation {operation}")
 
