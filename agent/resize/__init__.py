@@ -174,14 +174,9 @@ class _Attempt:
     def run(self) -> Content:
         """Check, grow, check again; return what is there then. The domain's errors, ToolError."""
         point = self.place.with_suffix(".window")
+        # What went wrong with the data comes first: a disk that cannot be read looks damaged.
         with window.opened(self.changes, point, self.limits.end_seconds) as (view, file):
-            tools = Tools(self.limits.program_seconds, view.fail)
-            try:
-                self._grow(tools, file)
-            except (FailedPrecondition, ToolError):
-                view.check()  # a disk that cannot be read looks damaged
-                raise
-            view.check()
+            self._grow(Tools(self.limits.program_seconds, view.fail), file)
         return self._read_back()
 
     def _grow(self, tools: Tools, file: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agent.resize.tool import Tools, shorten
+from agent.resize.tool import ToolError, Tools, shorten
 from agent.superblock import Content, Kind, damaged
 
 PROGRAMS = {
@@ -73,11 +73,15 @@ def _check_ext(tools: Tools, device: str, content: Content) -> None:
 
 
 def _check_xfs(tools: Tools, device: str, content: Content, point: Path) -> None:
-    code, _ = tools.attempt("xfs_repair", "-n", device)
-    if code != 0:
+    code, said = tools.attempt("xfs_repair", "-n", device)
+    if code == 0:
+        return
+    try:
         # Perhaps only its log was not empty: a mount empties it.
         _mounted(tools, device, content.kind, point, "true")
-        _judge(content, *tools.attempt("xfs_repair", "-n", device))
+    except ToolError:
+        _judge(content, code, said)
+    _judge(content, *tools.attempt("xfs_repair", "-n", device))
 
 
 def _judge(content: Content, code: int, said: str) -> None:
@@ -87,6 +91,14 @@ def _judge(content: Content, code: int, said: str) -> None:
 
 def _mounted(tools: Tools, device: str, kind: Kind, point: Path, *command: str) -> None:
     point.mkdir(mode=0o700, exist_ok=True)
-    namespace = ("unshare", "--mount", "--propagation", "private", "--")
+    namespace = (
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "--pid",
+        "--fork",
+        "--kill-child",
+    )
     arguments = (kind.value, _OPTIONS[kind], device, str(point))
     tools.run(*namespace, "sh", "-euc", _MOUNTED, "sh", *arguments, *command)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple, Self
 
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
@@ -25,45 +26,72 @@ BLOCK_BYTES = 4096
 _STEP_BYTES = 1 << 20
 
 
+class Shared(NamedTuple):
+    """The descriptors by which a process that inherits them joins an overlay."""
+
+    file: int
+    changed: int
+    zeroed: int
+
+
 class Overlay:
     """Reads and writes of one device, the writes kept beside it. Calls are made one at a time."""
 
     def __init__(self, device: BlockDevice, data_bytes: int, place: Path) -> None:
         """Make the file of changes, `place` with a suffix. OSError."""
-        self.size_bytes = device.size_bytes()
-        self.sector_bytes = device.logical_block_size_bytes
-        self._device = device
-        self._data_bytes = min(data_bytes, self.size_bytes)
-        self._place = place
-        self._changed = DirtyBitmap(self.size_bytes, BLOCK_BYTES)
-        self._zeroed = DirtyBitmap(self.size_bytes, BLOCK_BYTES)
-        self._buffer = AlignedBuffer(_STEP_BYTES)
-        self._lock = threading.Lock()
-        self._is_kept = False
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file = os.open(
-            _changes(place), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
-        )
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        file = os.open(_changes(place), flags, 0o600)
+        maps = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("changed", "zeroed")]
+        self._place = place
+        self._is_kept = False
+        self._data_bytes = min(data_bytes, device.size_bytes())
         try:
-            os.truncate(self._file, self.size_bytes)
+            self._take(device, Shared(file, *maps))
+            os.truncate(file, self.size_bytes)
+            for descriptor in maps:
+                os.truncate(descriptor, _map_bytes(self.size_bytes))
+            self._map()
         except OSError:
             self.close()
             raise
 
+    @classmethod
+    def join(cls, device: BlockDevice, shared: Shared) -> Self:
+        """Return the overlay of another process, to read and write only. OSError."""
+        self = cls.__new__(cls)
+        self._place, self._is_kept, self._data_bytes = Path(), True, 0
+        self._take(device, shared)
+        self._map()
+        return self
+
+    def _take(self, device: BlockDevice, shared: Shared) -> None:
+        self.shared = shared
+        self.size_bytes = device.size_bytes()
+        self.sector_bytes = device.logical_block_size_bytes
+        self.device_descriptor = device.fileno()
+        self._device = device
+        self._file = shared.file
+        self._buffer = AlignedBuffer(_STEP_BYTES)
+
+    def _map(self) -> None:
+        size = _map_bytes(self.size_bytes)
+        words = [mmap.mmap(one, size) for one in (self.shared.changed, self.shared.zeroed)]
+        self._changed = DirtyBitmap(self.size_bytes, BLOCK_BYTES, words=words[0])
+        self._zeroed = DirtyBitmap(self.size_bytes, BLOCK_BYTES, words=words[1])
+
     def read(self, offset_bytes: int, length_bytes: int) -> bytes:
         """Return that many bytes. OSError, also beyond the end."""
         _check(offset_bytes, length_bytes, self.size_bytes)
-        with self._lock:
-            steps = _steps(offset_bytes, length_bytes)
-            return b"".join(self._read(offset, length) for offset, length in steps)
+        steps = _steps(offset_bytes, length_bytes)
+        return b"".join(self._read(offset, length) for offset, length in steps)
 
     def write(self, offset_bytes: int, data: bytes) -> None:
         """Keep a change. OSError: no room for it, or the device cannot be read."""
         _check(offset_bytes, len(data), self.size_bytes)
-        with self._lock:
-            for offset, length in _steps(offset_bytes, len(data)):
-                at = offset - offset_bytes
-                self._write(offset, data[at : at + length])
+        for offset, length in _steps(offset_bytes, len(data)):
+            at = offset - offset_bytes
+            self._write(offset, data[at : at + length])
 
     def zero(self, offset_bytes: int, length_bytes: int) -> None:
         """Let a range read as zeros; whole blocks of it take no room."""
@@ -74,9 +102,8 @@ class Overlay:
         self.write(offset_bytes, bytes(first - offset_bytes))
         self.write(last, bytes(end - last))
         if last > first:
-            with self._lock:
-                self._zeroed.set_range(first, last - first)
-                self._changed.set_range(first, last - first)
+            self._zeroed.set_range(first, last - first)
+            self._changed.set_range(first, last - first)
 
     def changed_bytes(self) -> int:
         """Return how much `apply` would write."""
@@ -106,7 +133,8 @@ class Overlay:
 
     def close(self) -> None:
         """Forget the changes, and how to undo them."""
-        os.close(self._file)
+        for descriptor in self.shared:
+            os.close(descriptor)
         if not self._is_kept:
             forget(self._place)
 
@@ -259,3 +287,8 @@ def _kept(place: Path) -> Path:
 
 def _record(place: Path) -> Path:
     return place.with_suffix(".json")
+
+
+def _map_bytes(size_bytes: int) -> int:
+    blocks = -(-size_bytes // BLOCK_BYTES)
+    return -(-blocks // 64) * 8
