@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from agent.resize.overlay import Overlay
@@ -73,7 +73,8 @@ def opened(overlay: Overlay, point: Path, seconds: float) -> Iterator[tuple[Wind
     try:
         yield window, file
     finally:
-        os.close(file)
+        with suppress(OSError):  # of a window that was let fail
+            os.close(file)
         window.join(seconds)
         window.check()
 
