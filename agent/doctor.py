@@ -18,6 +18,7 @@ from pathlib import Path
 
 from agent.errors import WarmsyncError
 from agent.signer import read_signer
+from agent.resize import programs_missing
 
 # bpf_loop() came with 5.17 (bpf-helpers(7)); the programs cannot mark long ranges without.
 EBPF_KERNEL = (5, 17)
@@ -56,6 +57,7 @@ class Host:
     proc: Path = Path("/proc")
     sys: Path = Path("/sys")
     release: str = platform.release()
+    dev: Path = Path("/dev")
 
 
 def examine(host: Host) -> list[Check]:
@@ -219,6 +221,19 @@ def check_huge_pages(host: Host) -> Check:
     return Check("huge-pages", Verdict.WARNING, finding, f"echo madvise > {setting}")
 
 
+def check_resize(host: Host) -> Check:
+    """Look for what grows file systems on larger targets."""
+    lacks = {kind: names for kind, names in programs_missing().items() if names}
+    if not (host.dev / "fuse").exists():
+        mend = "modprobe fuse"
+        return Check("resize", Verdict.WARNING, "no /dev/fuse: nothing can be grown", mend)
+    if not lacks:
+        return Check("resize", Verdict.OK, "ext4, xfs and btrfs can be grown")
+    finding = "; ".join(f"no {', '.join(names)}: no {kind}" for kind, names in lacks.items())
+    mend = "install e2fsprogs, xfsprogs, btrfs-progs, util-linux and mount, as far as they are used"
+    return Check("resize", Verdict.WARNING, finding, mend)
+
+
 CHECKS: tuple[Callable[[Host], Check], ...] = (
     check_kernel,
     check_btf,
@@ -235,6 +250,7 @@ CHECKS: tuple[Callable[[Host], Check], ...] = (
     check_kernel_tls,
     check_io_uring,
     check_huge_pages,
+    check_resize,
 )
 
 

@@ -99,6 +99,7 @@ NEIGHBOURS = {
     "agent.partitions": {"agent.superblock"},
     "agent.brake": {"agent.cgroup", "agent.device"},
     "agent.doctor": {"agent.signer"},
+    "agent.doctor": {"agent.resize"},
     "agent.inventory": {"agent.device"},
     "agent.record": {"agent.estimate", "agent.state"},
     "agent.tracker": {"agent.device", "agent.store"},

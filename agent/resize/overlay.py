@@ -67,8 +67,9 @@ class Overlay:
 
     def _take(self, device: BlockDevice, shared: Shared) -> None:
         self.shared = shared
-        self.size_bytes = device.size_bytes()
         self.sector_bytes = device.logical_block_size_bytes
+        # A loop device may end within a sector, which nobody can write.
+        self.size_bytes = device.size_bytes() // self.sector_bytes * self.sector_bytes
         self.device_descriptor = device.fileno()
         self._device = device
         self._file = shared.file

@@ -214,3 +214,20 @@ def test_a_host_without_io_uring(host: Host, monkeypatch: pytest.MonkeyPatch) ->
     check = doctor.check_io_uring(host)
     assert check.verdict is Verdict.WARNING
     assert "io_uring_disabled" in check.mend
+
+
+def test_what_a_resize_lacks(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from agent.superblock import Kind
+
+    (tmp_path / "fuse").touch()
+    here = Host(host.state_dir, dev=tmp_path)
+    monkeypatch.setattr(doctor, "programs_missing", lambda: {Kind.EXT: [], Kind.XFS: []})
+    assert doctor.check_resize(here).verdict is Verdict.OK
+    lacks = {Kind.EXT: [], Kind.XFS: ["xfs_growfs"]}
+    monkeypatch.setattr(doctor, "programs_missing", lambda: lacks)
+    check = doctor.check_resize(here)
+    assert check.verdict is Verdict.WARNING
+    assert check.finding == "no xfs_growfs: no xfs"
+    assert "xfsprogs" in check.mend
+    (tmp_path / "fuse").unlink()
+    assert "modprobe fuse" in doctor.check_resize(here).mend

@@ -16,7 +16,7 @@ from tests.devices import run
 from tests.filesystems import LEAST_BYTES, MIB
 
 KINDS = {"ext4": Kind.EXT, "xfs": Kind.XFS, "btrfs": Kind.BTRFS}
-GROWTH_BYTES = 100 * MIB + 12345 * 512
+GROWTH_BYTES = 100 * MIB + 1543 * 4096
 """No round number, as volumes are not."""
 
 
