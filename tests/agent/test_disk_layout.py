@@ -175,7 +175,7 @@ def test_tiny_disks(size: int) -> None:
     assert layout_of(bytes(size)).least_bytes is None
 
 
-def ranges(disk: bytes) -> Iterator[tuple[int, int]]:
+def ranges(disk: bytes | bytearray) -> Iterator[tuple[int, int]]:
     """Where something is that is looked at."""
     yield from ((0, 512), (512, 1024), (1024, 2048), (1024 + 16384 - 512, 1024 + 16384))
     yield from ((65536, 69632), (len(disk) - 34 * 512, len(disk)), (9 * MIB + 1024, 9 * MIB + 2048))

@@ -42,13 +42,13 @@ class Disk:
                 run("sfdisk", "--quiet", "--no-reread", whole, feed=script)
         with self.file_system(self.old_end_bytes) as part:
             self.files = filesystems.make(part, self.kind)
-        if self.garbage and size > self.data_bytes + 2 * MIB:
+        if self.garbage and size > self.data_bytes + 4 * MIB:
             with Path(self.path).open("rb+") as file:
                 file.seek(self.data_bytes)
                 file.write(os.urandom(MIB))
-                # As a member of a RAID that this device once was.
-                file.seek(size - size % 65536 - 65536)
-                file.write(b"\xfc\x4e\x2b\xa9" * 1024)
+                # As a member of a RAID that this device, or a partition of it, once was.
+                file.seek(size - 2 * MIB)
+                file.write(b"\xfc\x4e\x2b\xa9" * (2 * MIB // 4))
 
     @property
     def old_end_bytes(self) -> int:
