@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -213,6 +214,19 @@ def test_any_damage_is_told_or_does_no_harm(data: st.DataObject, seed: int, what
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_at_all(data: bytes, size: int) -> None:
     layout_or_none(data.ljust(size, b"\0"))
+
+
+def test_two_copies_that_differ() -> None:
+    """Each is whole, but one was written and the other was not."""
+    table = layout_of(partitioned("gpt")).table
+    shorter = (replace(table.partitions[0], end_bytes=20 * MIB), *table.partitions[1:])
+    disk = bytearray(partitioned("gpt"))
+    for offset, data in replace(table, partitions=shorter).patches(DISK_BYTES):
+        if offset < 9 * MIB:
+            disk[offset : offset + len(data)] = data
+    with pytest.raises(FailedPrecondition) as caught:
+        find_table(reader(disk), DISK_BYTES, 512)
+    assert "copies of the GPT differ" in str(caught.value)
 
 
 @pytest.mark.parametrize(
