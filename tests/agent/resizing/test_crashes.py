@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -40,9 +41,16 @@ def await_file(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 def restart(disk: Disk, place: Path) -> bool:
-    """What the next agent does first."""
-    with BlockDevice(disk.path, writable=True, exclusive=True) as device:
-        return resize.undo_left_behind(device, place)
+    """What the next agent does first; what was the former's holds the claim until it has ended."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            with BlockDevice(disk.path, writable=True, exclusive=True) as device:
+                return resize.undo_left_behind(device, place)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
