@@ -15,7 +15,7 @@ from agent.disk import SourceDisk
 from agent.errors import DataLoss
 from agent.migration import Depth, Plan
 from agent.peer import Peer, Proof, TargetProof
-from agent.prover import Prover
+from agent.prover import Prover, prove_all, prove_last
 from agent.sender import Sender, Workshop
 from agent.statement import End, ProvenVolume, Statement, format_time
 from agent.version import agent_version
@@ -80,10 +80,8 @@ class SourceProof:
             await self._prover.settle()
         except OSError as error:
             raise io_error("source", error) from error
-        trees = self._prover.trees
-        if self._plan.verify is Depth.FINAL:
-            return tuple(Proof(t.last.count_bytes(), t.digest_of_last()) for t in trees)
-        return tuple(Proof(tree.size_bytes, tree.root()) for tree in trees)
+        final = self._plan.verify is Depth.FINAL
+        return await self._prover.ask(prove_last if final else prove_all)
 
     def _compare(self, own: tuple[Proof, ...], theirs: TargetProof) -> None:
         for disk, one, other in zip(self._sender.disks, own, theirs.volumes, strict=True):
