@@ -15,9 +15,10 @@ from agent.disk import SourceDisk
 from agent.errors import DataLoss
 from agent.migration import Depth, Plan
 from agent.peer import Peer, Proof, TargetProof
-from agent.prover import Prover, prove_all, prove_last
+from agent.prover import Prover
 from agent.sender import Sender, Workshop
 from agent.statement import End, ProvenVolume, Statement, format_time
+from agent.tree import DigestTree
 from agent.version import agent_version
 
 AHEAD_SHARE = 0.1
@@ -81,7 +82,8 @@ class SourceProof:
         except OSError as error:
             raise io_error("source", error) from error
         final = self._plan.verify is Depth.FINAL
-        return await self._prover.ask(prove_last if final else prove_all)
+        question = DigestTree.prove_last if final else DigestTree.prove_all
+        return tuple(Proof(*one) for one in await self._prover.ask(question))
 
     def _compare(self, own: tuple[Proof, ...], theirs: TargetProof) -> None:
         for disk, one, other in zip(self._sender.disks, own, theirs.volumes, strict=True):

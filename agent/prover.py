@@ -16,7 +16,6 @@ from functools import partial
 from typing import TypeVar
 
 from agent.ahead import run_ahead
-from agent.peer import Proof
 from agent.tree import DigestTree
 from native.blockio import BlockDevice
 from native.buffer import BufferPool
@@ -128,13 +127,3 @@ class Prover:
     def _step(self, tree: DigestTree, device: BlockDevice, offset: int, length: int) -> int:
         with self._pool.lease() as scratch:
             return tree.read(device, offset, length, scratch)
-
-
-def prove_all(tree: DigestTree) -> Proof:
-    """Return the proof over all bytes."""
-    return Proof(tree.size_bytes, tree.root())
-
-
-def prove_last(tree: DigestTree) -> Proof:
-    """Return the proof over what was last doubted."""
-    return Proof(tree.last.count_bytes(), tree.digest_of_last())

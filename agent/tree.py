@@ -221,6 +221,14 @@ class DigestTree:
             found = bytearray(level_above(bytes(found)))
         return bytes(found) or bytes(DIGEST_BYTES)
 
+    def prove_all(self) -> tuple[int, bytes]:
+        """Return what is compared of a whole volume: its bytes, the root."""
+        return self.size_bytes, self.root()
+
+    def prove_last(self) -> tuple[int, bytes]:
+        """Return what is compared of what was last doubted: its bytes, one digest."""
+        return self.last.count_bytes(), self.digest_of_last()
+
     def close(self) -> None:
         """Let the memory go, and leave the files to who comes next."""
         self._table = b""  # who is still at work in it holds it a little longer

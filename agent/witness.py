@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 
 from agent.migration import Depth, Volume
 from agent.peer import Proof
-from agent.prover import Prover, prove_all, prove_last
+from agent.prover import Prover
 from agent.reader import read_digests
 from agent.store import Store
 from agent.tree import DigestTree
@@ -115,8 +115,10 @@ class Witness:
             return tuple(Proof(0, b"") for _ in self._trees)
         await self._prover.settle()
         if self.depth is Depth.FINAL:
-            return await self._prover.ask(prove_last)
-        return await self._prover.ask(prove_all)
+            found = await self._prover.ask(DigestTree.prove_last)
+        else:
+            found = await self._prover.ask(DigestTree.prove_all)
+        return tuple(Proof(*one) for one in found)
 
     async def digests(
         self, volume: int, device: BlockDevice
