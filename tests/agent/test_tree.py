@@ -54,7 +54,12 @@ class Model:
 
     def send(self) -> None:
         """Change some, and read them for sending."""
-        for offset, length in self.write().extents():
+        self.send_marked(self.write())
+
+    def send_marked(self, marks: DirtyBitmap) -> None:
+        """Read for sending."""
+        self.tree.doubt(marks)
+        for offset, length in marks.extents():
             pairs = array("Q", (offset, length))
             gather(
                 self.device,
@@ -159,11 +164,11 @@ def test_a_read_that_is_overtaken_is_not_believed(model: Model) -> None:
         model.settle()
         old = bytes(memoryview(tree.table)[chunk])
         tree._reading.set_range(0, CHUNK_BYTES)  # as refresh does, before it reads
-        model.rng.randrange = lambda *_: 0  # type: ignore[method-assign, assignment]
-        model.rng.choice = lambda options: options[-1]  # type: ignore[method-assign]
+        with model.path.open("r+b") as file:
+            file.write(b"changed")
         marks = DirtyBitmap(SIZE, BLOCK)
-        marks.set_range(0, CHUNK_BYTES)
-        model.send()  # chunks 0 to 2
+        marks.set_range(0, 2 * CHUNK_BYTES)
+        model.send_marked(marks)
         assert not tree.stale.is_marked(0)
         memoryview(tree.table)[chunk] = old  # entered only now
         tree._reading.clear_range(0, CHUNK_BYTES)
@@ -172,6 +177,20 @@ def test_a_read_that_is_overtaken_is_not_believed(model: Model) -> None:
         assert not tree.stale.is_marked(CHUNK_BYTES)
         model.settle()
         assert tree.root() == read_root(str(model.path), SIZE, lambda done, total: None)
+
+
+def test_what_is_sent_is_in_the_next_root(model: Model) -> None:
+    """Entered past the tree, in whole chunks: nothing is left to be read."""
+    with model.device:
+        model.settle()
+        model.tree.root()
+        marks = DirtyBitmap(SIZE, BLOCK)
+        marks.set_range(0, CHUNK_BYTES)
+        with model.path.open("r+b") as file:
+            file.write(b"changed")
+        model.send_marked(marks)
+        assert model.tree.count_unread() == 0
+        assert model.tree.root() == read_root(str(model.path), SIZE, lambda done, total: None)
 
 
 def test_what_was_being_read_at_the_end_is_stale(model: Model) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from agent import prover as prover_module
+from agent import reader as reader_module
 from agent.migration import Depth, Volume
 from agent.roots import level_above, root_of
 from agent.store import Store
@@ -158,7 +159,11 @@ def test_a_comparison_reads_all_anew(tmp_path: Path, depth: Depth) -> None:
     trial(tmp_path, depth, steps)
 
 
-def test_what_changes_during_a_comparison_is_not_entered(tmp_path: Path) -> None:
+def test_what_changes_during_a_comparison_is_not_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "DIGEST_STEP_BYTES", 4 * CHUNK_BYTES)
+
     async def steps(stand: Stand) -> None:
         async for offset, _ in stand.witness.digests(0, stand.device):
             if offset == 0:

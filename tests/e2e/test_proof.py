@@ -146,9 +146,9 @@ def test_a_damaged_last_round(pair: Pair, volume: tuple[LoopDevice, LoopDevice])
     name = converged(pair, "final", source, target)
     damage(target, 2 * CHUNK)  # of no interest
     damage(target, 9 * CHUNK + 8192)
+    # From a pause, so that no other round comes first.
     pair.source.ask("pause", name)
     write(source.path, 9 * CHUNK)
-    pair.source.ask("resume", name)
     pair.source.refuse("cutover", name, "--force", reason="COPIES_DIFFER")
     pair.source.wait(name, "CONVERGED")
     pair.source.ask("cutover", name)
