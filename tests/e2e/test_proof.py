@@ -140,22 +140,6 @@ def test_a_copy_that_was_damaged_after_it_was_read_back(
     pair.source.ask("rollback", name)
 
 
-def test_a_damaged_last_round(pair: Pair, volume: tuple[LoopDevice, LoopDevice]) -> None:
-    """With `final` only the chunks of the last round are compared, each of them whole."""
-    source, target = volume
-    name = converged(pair, "final", source, target)
-    damage(target, 2 * CHUNK)  # of no interest
-    damage(target, 9 * CHUNK + 8192)
-    # From a pause, so that no other round comes first.
-    pair.source.ask("pause", name)
-    write(source.path, 9 * CHUNK)
-    pair.source.refuse("cutover", name, "--force", reason="COPIES_DIFFER")
-    pair.source.wait(name, "CONVERGED")
-    pair.source.ask("cutover", name)
-    disks.assert_equal(source.path, target.path)
-    pair.source.ask("rollback", name)
-
-
 @pytest.fixture
 def hosts(tmp_path: Path, resources: ExitStack) -> Iterator[Hosts]:
     require("root", "loop", "bpf")
