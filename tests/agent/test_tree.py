@@ -106,7 +106,7 @@ class Model:
 
 
 STEPS = st.lists(
-    st.sampled_from("write send read enter skip ask restart forget settle".split()), max_size=25
+    st.sampled_from(["write", "send", "read", "enter", "skip", "ask", "restart", "forget", "settle"]), max_size=25
 )
 
 
@@ -204,7 +204,7 @@ def test_what_was_being_read_at_the_end_is_stale(model: Model) -> None:
 
 def test_a_table_of_another_size_is_not_taken_up(model: Model) -> None:
     model.device.close()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError):  # noqa: PT011
         DigestTree(SIZE + CHUNK_BYTES, model.store).resume()
 
 

@@ -112,7 +112,7 @@ def test_in_the_background(tmp_path: Path) -> None:
     async def steps(stand: Stand) -> None:
         assert stand.witness.unread[0] == SIZE
         stand.witness.note_durable()
-        while stand.witness.unread[0]:
+        while stand.witness.unread[0]:  # noqa: ASYNC110
             await asyncio.sleep(0)
         assert await stand.proved() == stand.root()
 
@@ -213,7 +213,7 @@ def test_one_pass_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     async def steps(stand: Stand) -> None:
         gone = asyncio.create_task(stand.proved())
-        while not reading[0]:
+        while not reading[0]:  # noqa: ASYNC110
             await asyncio.sleep(0)
         gone.cancel()
         again = asyncio.create_task(stand.proved())
@@ -240,7 +240,7 @@ def test_a_pass_that_is_stopped_says_so(tmp_path: Path, monkeypatch: pytest.Monk
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         await stand.witness.stop()
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError):  # noqa: PT011
             await asked
 
     trial(tmp_path, Depth.FULL, steps)
@@ -251,7 +251,7 @@ def test_closed_devices_end_the_background(tmp_path: Path) -> None:
         stand.device.close()
         stand.witness.note_durable()
         await stand.witness.stop()
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError):  # noqa: PT011
             await stand.witness.prove()
 
     trial(tmp_path, Depth.FULL, steps)

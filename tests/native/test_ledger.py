@@ -39,8 +39,7 @@ def test_touch(sizes: tuple[int, int], size: int, ranges: list[tuple[int, int]])
     expected: set[int] = set()
     for at, length in ranges:
         offset = at % size
-        length = min(length, size - offset)
-        marks.set_range(offset, length)
+        marks.set_range(offset, min(length, size - offset))
     for offset, length in marks.extents():
         first, last = offset // sizes[1], (offset + length - 1) // sizes[1]
         expected |= set(range(first, last + 1))
@@ -49,7 +48,7 @@ def test_touch(sizes: tuple[int, int], size: int, ranges: list[tuple[int, int]])
 
 
 def test_touch_of_another_volume() -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError):  # noqa: PT011
         DirtyBitmap(SIZE, CHUNK).touch(DirtyBitmap(SIZE + 1, BLOCK))
 
 
@@ -99,7 +98,7 @@ def test_what_cannot_be_read_stays_stale(
     ledger = Ledger(faulty.size_bytes)
     ledger.stale.set_range(0, 3 * CHUNK)
     with BlockDevice(faulty.path) as device:
-        with faulty.failing("pread"), pytest.raises(OSError) as caught:
+        with faulty.failing("pread"), pytest.raises(OSError) as caught:  # noqa: PT011
             ledger.refresh(device, 0, 4 * CHUNK)
         assert caught.value.errno == errno.EIO
         assert (marked(ledger.stale), marked(ledger.reading)) == ({0, 1, 2}, set())
@@ -111,10 +110,10 @@ def test_refresh_wants_whole_chunks(disk: Path) -> None:
     ledger = Ledger()
     with BlockDevice(str(disk)) as device:
         for offset, length in ((512, CHUNK), (0, CHUNK + 512), (0, SIZE + 512)):
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError):  # noqa: PT011
                 ledger.refresh(device, offset, length)
         ledger.table = ledger.table[:-16]
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError):  # noqa: PT011
             ledger.refresh(device, 0, CHUNK)
 
 
@@ -202,7 +201,7 @@ def test_a_write_that_fails_has_been_marked(faulty_device: Callable[..., FaultyD
     with (
         BlockDevice(faulty.path, writable=True) as device,
         faulty.failing("pwrite"),
-        pytest.raises(OSError),
+        pytest.raises(OSError),  # noqa: PT011
     ):
         scatter(
             device,
@@ -217,5 +216,5 @@ def test_a_write_that_fails_has_been_marked(faulty_device: Callable[..., FaultyD
 
 
 def test_marks_of_another_size_are_refused(disk: Path) -> None:
-    with BlockDevice(str(disk)) as device, pytest.raises(ValueError):
+    with BlockDevice(str(disk)) as device, pytest.raises(ValueError):  # noqa: PT011
         Receiver([device], [SIZE], connections=1, generation=1, written=[DirtyBitmap(512, CHUNK)])
