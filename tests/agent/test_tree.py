@@ -106,7 +106,10 @@ class Model:
 
 
 STEPS = st.lists(
-    st.sampled_from(["write", "send", "read", "enter", "skip", "ask", "restart", "forget", "settle"]), max_size=25
+    st.sampled_from(
+        ["write", "send", "read", "enter", "skip", "ask", "restart", "forget", "settle"]
+    ),
+    max_size=25,
 )
 
 
