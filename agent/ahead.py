@@ -40,6 +40,14 @@ async def run_ahead(
 async def _drain(ahead: deque[Future[_Result]]) -> None:
     """Wait for calls that run; those that have not begun never will."""
     running = [asyncio.wrap_future(call) for call in ahead if not call.cancel()]
+    cancelled: asyncio.CancelledError | None = None
+    while waiting := [call for call in running if not call.done()]:
+        try:
+            await asyncio.wait(waiting)
+        except asyncio.CancelledError as error:  # once more: the threads run on all the same
+            cancelled = error
     for call in running:
         with suppress(OSError):
-            await asyncio.shield(call)
+            call.result()
+    if cancelled is not None:
+        raise cancelled

@@ -272,8 +272,9 @@ class SourceDisk:
         """What was chosen is durable on the target: it is not pending any more, all else is."""
         if self._chosen is None:
             raise RuntimeError("nothing was chosen since the last take")
-        if self.tree is not None:
+        if self.tree is not None:  # first: while it is pending it will be doubted once more
             self.tree.note_sent(self._chosen)
+            self.tree.doubt_overtaken()
         if self._chosen is self.pending:
             self.pending.clear()
         else:

@@ -18,6 +18,7 @@ from agent.peer import Peer, Proof, TargetProof
 from agent.prover import Prover
 from agent.sender import Sender, Workshop
 from agent.statement import End, ProvenVolume, Statement, format_time
+from agent.tree import DigestTree
 from agent.version import agent_version
 
 AHEAD_SHARE = 0.1
@@ -80,10 +81,9 @@ class SourceProof:
             await self._prover.settle()
         except OSError as error:
             raise io_error("source", error) from error
-        trees = self._prover.trees
-        if self._plan.verify is Depth.FINAL:
-            return tuple(Proof(t.last.count_bytes(), t.digest_of_last()) for t in trees)
-        return tuple(Proof(tree.size_bytes, tree.root()) for tree in trees)
+        final = self._plan.verify is Depth.FINAL
+        question = DigestTree.prove_last if final else DigestTree.prove_all
+        return tuple(Proof(*one) for one in await self._prover.ask(question))
 
     def _compare(self, own: tuple[Proof, ...], theirs: TargetProof) -> None:
         for disk, one, other in zip(self._sender.disks, own, theirs.volumes, strict=True):

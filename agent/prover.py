@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from functools import partial
+from typing import TypeVar
 
 from agent.ahead import run_ahead
 from agent.tree import DigestTree
@@ -20,6 +21,8 @@ from native.blockio import BlockDevice
 from native.buffer import BufferPool
 
 _log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 _DEPTH = 4
 _GUESSED_RATE = 1e9
@@ -42,7 +45,7 @@ class Prover:
         self.rate_bytes_per_second = _GUESSED_RATE
         self._threads = threads
         self._pool = pool
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[int | None] | None = None
         self._again = False
 
     @property
@@ -57,25 +60,44 @@ class Prover:
             self._task = asyncio.create_task(self._read_quietly(), name="prover")
 
     async def stop(self) -> None:
-        """End what runs in the background, and wait for it."""
-        if self._task is not None:
+        """End what is being read, in the background or for `settle`, and wait for it."""
+        while self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait([self._task])
-            self._task = None
 
     async def settle(self) -> int:
-        """Read all that is stale, with all threads; returns the bytes read. OSError."""
+        """Read all that is stale, with all threads; returns the bytes read.
+
+        OSError; ValueError if it was stopped, or the devices were closed.
+        """
         await self.stop()
-        return await self._read(_DEPTH)
+        # One pass at a time, also where who asked for one has gone: a read that comes late would
+        # enter what was there before.
+        task = asyncio.create_task(self._read(_DEPTH), name="prover")
+        self._task = task
+        try:
+            return await task
+        except asyncio.CancelledError:
+            asking = asyncio.current_task()
+            if asking is not None and asking.cancelling():
+                raise
+            raise ValueError("what was being read back was stopped") from None
+
+    async def ask(self, question: Callable[[DigestTree], _Answer]) -> tuple[_Answer, ...]:
+        """Return what each tree answers, which may take a while for a large one. On a thread."""
+        answers = run_ahead((partial(question, tree) for tree in self.trees), self._threads, 1)
+        try:
+            return tuple([answer async for answer in answers])
+        finally:
+            await answers.aclose()
 
     async def _read_quietly(self) -> None:
-        loop = asyncio.get_running_loop()
         try:
             while self._again:
                 self._again = False
                 await self._read(1)
-                for tree in self.trees:  # so that little is left of it for the cutover
-                    await loop.run_in_executor(self._threads, tree.root)
+                # So that little is left of it for the cutover; waited for, as a pass is.
+                await self.ask(DigestTree.root)
         except (ValueError, BufferError):
             return  # the devices were closed: the end, or another beginning
         except OSError as error:

@@ -480,6 +480,8 @@ class SourceMigration:
     async def _compare(self) -> None:
         """Compare with the target; what is found equal is not sent. With `_at_rest`."""
         sender, prepared = self._sender, self._prepared
+        # What is read in the background now must not be entered after what is found here.
+        await self._proof.stop()
         before = sender.progress.reconciled_bytes
         sender.note(round_bytes=sender.progress.total_bytes, round_done_bytes=0)
         steps = reconcile(sender, self._workshop, prepared.peer, self._token)

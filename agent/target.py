@@ -83,9 +83,9 @@ class TargetSession:
         self._devices = devices
         self._threads = workshop.threads
         self._pool = workshop.pool
-        self._attach()
         self._machine = Machine.restore(record.history)
         self._generation = record.generation
+        self._attach()
         self._progress = record.progress
         self._error = record.error
         self._trouble: WarmsyncError | None = None
@@ -236,6 +236,8 @@ class TargetSession:
                 **error.values,
             ) from error
         self._attach()
+        # Before anything is read of them: entries of these are worth nothing for others.
+        self.write_down()
 
     def _attach(self) -> None:
         """Write to the devices that are open now. What is known of others says nothing of them."""
@@ -243,8 +245,13 @@ class TargetSession:
         if keys and keys != self._keys:
             if self._keys:
                 self._witness.forget()
+            if self._keys and self._boot_id == boot_id():
+                # Put in place of it on the same boot: it has none of what was acknowledged.
+                _log.warning("another device than before id=%s", self.id)
+                self._generation = 0
             self._keys = keys
         self._boot_id = boot_id()
+        self._proof = None
         self._witness.attach(self._devices)
         sizes = [volume.size_bytes for volume in self._plan.volumes]
         self._writer = Writer(
@@ -416,6 +423,7 @@ class TargetSession:
         full = self._plan.verify is Depth.FULL
         if (
             self._proof is None
+            or self._writing
             or not self._witness.is_settled
             or (said.migration, said.generation) != (self.id, self._generation)
             or said.depth is not self._plan.verify
@@ -485,8 +493,7 @@ class TargetSession:
         if self._devices and not self.state.is_terminal:
             # What is found equal counts as durable from then on.
             await self._writer.flush()
-        live = bool(self._devices) and self._plan.verify is not Depth.NONE
-        async for item in self._digests(volume, live=live):
+        async for item in self._digests(volume):
             yield item
 
     @property
@@ -521,17 +528,20 @@ class TargetSession:
         if self._inlet is not None:
             await self._inlet.ended()
 
-    async def _digests(self, volume: int, *, live: bool) -> AsyncGenerator[tuple[int, bytes], None]:
+    async def _digests(self, volume: int) -> AsyncGenerator[tuple[int, bytes], None]:
         spec = self._plan.volumes[volume]
         device = await asyncio.get_running_loop().run_in_executor(
             self._threads, BlockDevice, spec.target
         )
+        is_own = bool(self._devices) and device_key(device) == self._keys[volume]
         steps = (
             self._witness.digests(volume, device)
-            if live
+            if is_own and self._plan.verify is not Depth.NONE
             else read_digests(device, spec.size_bytes, self._pool, self._threads)
         )
         try:
+            if self._devices and not is_own:
+                raise _replaced(spec)
             async for step in steps:
                 yield step
         except OSError as error:
@@ -666,6 +676,15 @@ def open_devices(volumes: tuple[Volume, ...], allowed: tuple[str, ...]) -> list[
             device.close()
         raise
     return devices
+
+
+def _replaced(volume: Volume) -> FailedPrecondition:
+    return FailedPrecondition(
+        "TARGET_NOT_CLAIMED",
+        f"{volume.target} is another device than the one that is being written; put that back, or "
+        "resume to take this one",
+        target=volume.target,
+    )
 
 
 def _check_distinct(volume: Volume, request: SessionRequest) -> None:

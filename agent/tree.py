@@ -47,6 +47,8 @@ class DigestTree:
         self.last = DirtyBitmap(size_bytes, CHUNK_BYTES)
         self._changed = DirtyBitmap(size_bytes, NODE_SPAN_BYTES)
         self._nodes = bytearray(node_count(size_bytes) * DIGEST_BYTES)
+        # What was being read when it was doubted: that read may be entered late, over a newer one.
+        self._overtaken = DirtyBitmap(size_bytes, CHUNK_BYTES)
         self._blank = False
 
     @property
@@ -82,6 +84,13 @@ class DigestTree:
         self._blank = False  # whoever sends it enters digests past us
         self.stale.touch(marks)
         self._changed.touch(marks)
+        touched = DirtyBitmap(self.size_bytes, CHUNK_BYTES)
+        touched.touch(marks)
+        self._overtaken.merge_common(touched, self._reading)
+
+    def doubt_overtaken(self) -> None:
+        """What was sent was entered, perhaps under a read that had begun before: not believed."""
+        self._overtaken.take(self.stale)
 
     def doubt_taken(self, marks: DirtyBitmap) -> None:
         """The same for marks of chunks, which are moved here."""
@@ -139,17 +148,6 @@ class DigestTree:
             )
         finally:
             self._changed.set_range(offset_bytes, length_bytes)
-
-    def read_all(
-        self, device: BlockDevice, offset_bytes: int, length_bytes: int, scratch: AlignedBuffer
-    ) -> bytes:
-        """Read a range of whole chunks, stale or not; returns its digests. OSError."""
-        self.stale.set_range(offset_bytes, length_bytes)
-        self.read(device, offset_bytes, length_bytes, scratch)
-        at = offset_bytes // CHUNK_BYTES * DIGEST_BYTES
-        return bytes(
-            memoryview(self._table)[at : at + -(-length_bytes // CHUNK_BYTES) * DIGEST_BYTES]
-        )
 
     def skip_holes(self, device: BlockDevice) -> None:
         """Enter what the file system says are holes; asked only where much is stale. OSError."""
@@ -222,6 +220,14 @@ class DigestTree:
         while len(found) > DIGEST_BYTES:
             found = bytearray(level_above(bytes(found)))
         return bytes(found) or bytes(DIGEST_BYTES)
+
+    def prove_all(self) -> tuple[int, bytes]:
+        """Return what is compared of a whole volume: its bytes, the root."""
+        return self.size_bytes, self.root()
+
+    def prove_last(self) -> tuple[int, bytes]:
+        """Return what is compared of what was last doubted: its bytes, one digest."""
+        return self.last.count_bytes(), self.digest_of_last()
 
     def close(self) -> None:
         """Let the memory go, and leave the files to who comes next."""

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
-from functools import partial
 
-from agent.ahead import run_ahead
 from agent.migration import Depth, Volume
 from agent.peer import Proof
 from agent.prover import Prover
+from agent.reader import read_digests
 from agent.store import Store
-from agent.tree import STEP_BYTES, DigestTree
+from agent.tree import DigestTree
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.buffer import BufferPool
 from native.chunk import CHUNK_BYTES
 
 _WRITTEN = "written"
-_AHEAD = 4
 
 
 class Witness:
@@ -45,6 +43,8 @@ class Witness:
         ]
         self._written = [DirtyBitmap(tree.size_bytes, CHUNK_BYTES) for tree in self._trees]
         self._prover = Prover(self._trees, (), threads, pool)
+        self._era = 0
+        """Another after each change of what the trees are over."""
 
     @property
     def written(self) -> list[DirtyBitmap] | None:
@@ -93,11 +93,13 @@ class Witness:
 
     def forget(self) -> None:
         """The devices may be others than before: nothing is known of them."""
+        self._era += 1
         for tree in self._trees:
             tree.doubt_all()
 
     def note_durable(self) -> None:
         """A generation was flushed: what it wrote can be read back."""
+        self._era += 1
         for tree, written in zip(self._trees, self._written, strict=True):
             if self.depth is Depth.FINAL:
                 tree.doubt_only(written)
@@ -113,22 +115,29 @@ class Witness:
             return tuple(Proof(0, b"") for _ in self._trees)
         await self._prover.settle()
         if self.depth is Depth.FINAL:
-            return tuple(Proof(t.last.count_bytes(), t.digest_of_last()) for t in self._trees)
-        return tuple(Proof(tree.size_bytes, tree.root()) for tree in self._trees)
+            found = await self._prover.ask(DigestTree.prove_last)
+        else:
+            found = await self._prover.ask(DigestTree.prove_all)
+        return tuple(Proof(*one) for one in found)
 
     async def digests(
         self, volume: int, device: BlockDevice
     ) -> AsyncGenerator[tuple[int, bytes], None]:
-        """Iterate (offset, digests of the chunks from there on), all read anew. OSError."""
-        tree = self._trees[volume]
-        calls = (
-            partial(self._digest, tree, device, offset)
-            for offset in range(0, tree.size_bytes, STEP_BYTES)
-        )
-        steps = run_ahead(calls, self._threads, _AHEAD)
+        """Iterate (offset, digests of the chunks from there on), all read anew. OSError.
+
+        Nothing is written meanwhile, and what was is durable. What is read need not be read back.
+        """
+        await self._prover.stop()
+        tree, era = self._trees[volume], self._era
+        if self.depth is Depth.FINAL:
+            # What a round that came to nothing wrote: found equal now, or it is sent again.
+            self._written[volume].clear()
+        steps = read_digests(device, tree.size_bytes, self._pool, self._threads)
         try:
-            async for step in steps:
-                yield step
+            async for offset, digests in steps:
+                if era == self._era:
+                    tree.enter(offset, digests)
+                yield offset, digests
         finally:
             await steps.aclose()
 
@@ -141,8 +150,3 @@ class Witness:
         for tree, store in zip(self._trees, self._stores, strict=True):
             tree.close()
             store.remove()
-
-    def _digest(self, tree: DigestTree, device: BlockDevice, offset: int) -> tuple[int, bytes]:
-        with self._pool.lease() as scratch:
-            length = min(STEP_BYTES, tree.size_bytes - offset)
-            return offset, tree.read_all(device, offset, length, scratch)

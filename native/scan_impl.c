@@ -88,6 +88,8 @@ uint64_t ws_scan_hole(uint64_t offset, uint64_t length, const uint8_t *table,
 static int refresh_run(const struct ws_device *dev, uint64_t offset, uint64_t length, uint8_t *data,
                        const struct ws_ledger *ledger, struct ws_attempt *why) {
     ws_bitmap_set_range(ledger->reading, offset, length);
+    /* Who marks it stale again must see that it is being read. */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
     ws_bitmap_clear_range(ledger->stale, offset, length);
     /* The read must not come before the clear: a write that it misses marks the chunk after it. */
     __atomic_thread_fence(__ATOMIC_SEQ_CST);

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
+from native.chunk import CHUNK_BYTES, digests
 from native.frame import FrameError, gather
 from native.stream import (
     TOKEN_BYTES,
@@ -82,6 +83,15 @@ def greeted(tokens: Tokens, token: bytes, *, tls: bool) -> tuple[Connection, Con
         return opened, accepting.result(SECONDS)
 
 
+@dataclass
+class Ledger:
+    """What both ends note of chunks while a round travels."""
+
+    table: bytearray = field(default_factory=lambda: bytearray(-(-SIZE // CHUNK_BYTES) * 16))
+    stale: DirtyBitmap = field(default_factory=lambda: DirtyBitmap(SIZE, CHUNK_BYTES))
+    written: DirtyBitmap = field(default_factory=lambda: DirtyBitmap(SIZE, CHUNK_BYTES))
+
+
 @contextmanager
 def line(
     directory: Path,
@@ -91,6 +101,7 @@ def line(
     compress: bool = False,
     ring: bool = True,
     ack_seconds: int = 300,
+    ledger: Ledger | None = None,
 ) -> Iterator[Line]:
     source, target = directory / "source.img", directory / "target.img"
     source.write_bytes(noise())
@@ -98,14 +109,22 @@ def line(
     devices = [BlockDevice(str(source)), BlockDevice(str(target), writable=True)]
     tokens = Tokens()
     pairs = [greeted(tokens, tokens.issue(SECONDS), tls=tls) for _ in range(connections)]
-    receiver = Receiver([devices[1]], [SIZE], connections=connections, generation=1, ring=ring)
+    receiver = Receiver(
+        [devices[1]],
+        [SIZE],
+        connections=connections,
+        generation=1,
+        ring=ring,
+        written=None if ledger is None else [ledger.written],
+    )
     said = [one.description for pair in pairs for one in pair]
     for index, (_, accepted) in enumerate(pairs):
         receiver.add(accepted, first=index == 0)
     sender = Sender(
         [opened for opened, _ in pairs],
         [devices[0]],
-        [None],
+        [None if ledger is None else ledger.table],
+        stale=None if ledger is None else [ledger.stale],
         compress=compress,
         ring=ring,
         ack_seconds=ack_seconds,
@@ -163,6 +182,35 @@ def test_only_what_is_marked_arrives(
         for block in range(SIZE // BLOCK + 1):
             at = slice(block * BLOCK, (block + 1) * BLOCK)
             assert target[at] == (source if block in blocks else before)[at]
+
+
+@pytest.mark.parametrize("ring", [True, False])
+@pytest.mark.parametrize("compress", [True, False])
+def test_both_ends_note_what_travels(tmp_path: Path, ring: bool, compress: bool) -> None:
+    """The source digests of whole chunks, the target which it has written."""
+    ledger = Ledger()
+    ledger.stale.set_all()
+    with line(tmp_path, ring=ring, compress=compress, ledger=ledger) as ends:
+        parts = [
+            (0, 2 * CHUNK_BYTES),
+            (5 * CHUNK_BYTES + BLOCK, CHUNK_BYTES),
+            (20 * CHUNK_BYTES, 40 * CHUNK_BYTES + BLOCK),
+            (SIZE - 512, 512),
+        ]
+        for offset, length in parts:
+            ends.marks.set_range(offset, length)
+        ends.round()
+        data = ends.source.read_bytes()
+    chunks = range(-(-SIZE // CHUNK_BYTES))
+    touched = {0, 1, 5, 6, *range(20, 61), chunks[-1]}
+    whole = {0, 1, *range(20, 60), chunks[-1]}
+    for index in chunks:
+        at = index * CHUNK_BYTES
+        own = digests(data[at : at + CHUNK_BYTES])
+        entry = bytes(ledger.table[index * 16 : index * 16 + 16])
+        assert entry == (own if index in whole else bytes(16)), index
+        assert ledger.stale.is_marked(at) is (index not in whole), index
+        assert ledger.written.is_marked(at) is (index in touched), index
 
 
 def test_small_frames_and_large_blocks(tmp_path: Path) -> None:
