@@ -36,6 +36,7 @@ FLOORS = {
     "agent.rounds": 2,
     "agent.state": 2,
     "agent.statement": 2,
+    "agent.unread": 2,
     # Hands: they touch the host.
     "agent.ahead": 3,
     "agent.bell": 3,
