@@ -63,7 +63,7 @@ class Cutover:
         self.releasing = False
 
     async def run(self) -> None:
-        """Do it. NOT_QUIESCED, SOURCE_UNREADABLE (FailedPrecondition): undone, syncing may go on."""
+        """Do it. NOT_QUIESCED, SOURCE_UNREADABLE (FailedPrecondition): undone, syncing goes on."""
         sender = self._sender
         self._note("finish_round")
         sender.hurry()

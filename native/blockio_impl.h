@@ -54,8 +54,9 @@ int ws_dev_read_batch(const struct ws_device *dev, const uint64_t *pairs, size_t
 int ws_dev_write_batch(const struct ws_device *dev, const uint64_t *pairs, size_t count,
                        const void *data, struct ws_attempt *why);
 
-/* Is this what block/blk-core.c (blk_errors) makes of one bad place: I/O, medium, target, protection?
- * All else (no such device, no memory, a request that makes no sense) concerns the whole device. */
+/* Is this what block/blk-core.c (blk_errors) makes of one bad place: I/O, medium, target,
+ * protection? All else (no such device, no memory, a request that makes no sense) concerns the
+ * whole device. */
 bool ws_is_of_a_place(int rc);
 
 /* A range that could not be read, and why (errno). */
@@ -70,14 +71,14 @@ struct ws_unread {
 
 /* What can be had of a batch that could not be read. */
 struct ws_salvage {
-    uint32_t unit;           /* what is lost with a sector in it; a multiple of 4096 */
-    uint32_t may_lose;       /* so many units; the next one is an error */
-    uint64_t *pairs;         /* what was read, as for ws_dev_read_batch() */
-    size_t room;             /* in `pairs`; twice what was asked for, and 256, is always enough */
-    size_t count;            /* of pairs */
+    uint32_t unit;     /* what is lost with a sector in it; a multiple of 4096 */
+    uint32_t may_lose; /* so many units; the next one is an error */
+    uint64_t *pairs;   /* what was read, as for ws_dev_read_batch() */
+    size_t room;       /* in `pairs`; twice what was asked for, and 256, is always enough */
+    size_t count;      /* of pairs */
     struct ws_unread unread[WS_UNREAD_MAX];
     size_t unread_count;
-    uint32_t lost;           /* units */
+    uint32_t lost; /* units */
     uint64_t read_bytes;
     size_t joint; /* private: pairs up to here are not added to */
 };

@@ -194,8 +194,9 @@ def scratched_device(size_bytes: int, sector_size: int = 512) -> Iterator[Scratc
         # $3 and $4 are the count and the offset of a request (nbdkit-sh-plugin(3)).
         read = (
             f"while read -r start end; do if [ $4 -lt $end ] && [ $(($4 + $3)) -gt $start ]; then "
-            f"printf x >> {directory}/failed; if [ -s {directory}/once ]; then : > {directory}/bad; "
-            "fi; echo EIO a scratch >&2; exit 1; fi; "
+            f"printf x >> {directory}/failed; "
+            f"if [ -s {directory}/once ]; then : > {directory}/bad; fi; "
+            "echo EIO a scratch >&2; exit 1; fi; "
             f"done < {directory}/bad; "
             f"dd if={content} iflag=skip_bytes,count_bytes skip=$4 count=$3 bs=1M status=none"
         )

@@ -27,7 +27,7 @@ TRACKERS = pytest.mark.parametrize("tracker", ["ebpf", "scan"])
 @pytest.fixture
 def source(scratched_device: Callable[..., ScratchedDevice]) -> ScratchedDevice:
     made = scratched_device(SIZE)
-    content.fill(made.path, 1)
+    disks.soil(made.path, 1)
     return made
 
 
