@@ -112,3 +112,20 @@ def test_no_handover_with_a_hole(
     assert shown["state"] in ("SYNCING", "CONVERGED")
     assert shown["last_refusal"]["reason"] == "SOURCE_UNREADABLE"
     hand_over(pair, name, source, target)
+
+
+@TRACKERS
+def test_a_comparison_takes_what_it_cannot_read_for_different(
+    pair: Pair, source: ScratchedDevice, target: str, tracker: str
+) -> None:
+    with Disk(target, writable=True) as there:  # the same, but where the source cannot be read
+        for at in range(0, SIZE, MIB):
+            there.write(at, source.content()[at : at + MIB])
+        there.write(BAD // CHUNK * CHUNK, b"old".ljust(CHUNK, b"."))
+    source.scratch((BAD, 1))
+    name = start(pair, source, target, "--reuse-target", "--tracker", tracker)
+    eventually(lambda: pair.source.show(name), lambda now: bool(now["trouble"]))
+    source.scratch()
+    hand_over(pair, name, source, target)
+    shown = pair.source.show(name)
+    assert shown["reconciled_bytes"] == SIZE - CHUNK
