@@ -1,6 +1,6 @@
 """Nothing that others do makes an agent grow without bound: the table in docs/operations.md.
 
-Watchers, pollers, strangers, a slow peer, dead sessions, a full state directory. The bounds here are
+Watchers, pollers, strangers, a slow peer, dead sessions, a full state directory. The bounds are
 generous: what is unbounded goes far beyond them.
 """
 
