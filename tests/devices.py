@@ -304,10 +304,23 @@ def _await(file: Path, server: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
+def _unmount(file: Path) -> None:
+    """Take the file away. A loop device that another looks at for a moment is detached later."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            run("fusermount3", "-u", file)
+            return
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
 def _stop(file: Path, server: subprocess.Popen[bytes]) -> None:
     try:
         if server.poll() is None:
-            run("fusermount3", "-u", file)
+            _unmount(file)
         server.wait(START_SECONDS)
     finally:
         server.kill()
