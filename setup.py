@@ -20,7 +20,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 SANITIZE = os.environ.get("WARMSYNC_SANITIZE") == "1"
 CHUNK = ["chunk_impl.c", "chunk_portable.c", "chunk_avx2.c", "chunk_avx512.c"]
-BLOCKIO = ["blockio_impl.c", "blockio_zero.c"]
+BLOCKIO = ["blockio_impl.c", "blockio_salvage.c", "blockio_zero.c"]
 BITMAP = ["bitmap_impl.c", "bitmap_runs.c"]
 KERNELS = {
     "bitmap": [*BITMAP, *CHUNK],

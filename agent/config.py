@@ -55,6 +55,7 @@ class LimitsConfig:
     """What the agent takes on. A bandwidth of 0 is no limit; it holds for each migration."""
 
     max_migrations: int = 16
+    max_watches: int = 256
     bandwidth_bytes_per_second: int = 0
 
 
@@ -153,6 +154,7 @@ def validate(config: AgentConfig) -> None:
     _check_range("transfer.data_port", config.transfer.data_port, -1, 65535)
     _check_range("transfer.checkpoint_bytes", config.transfer.checkpoint_bytes, 1 << 20, 1 << 50)
     _check_range("limits.max_migrations", config.limits.max_migrations, 1, 1000)
+    _check_range("limits.max_watches", config.limits.max_watches, 1, 10_000)
     _check_range("limits.bandwidth", config.limits.bandwidth_bytes_per_second, 0, (1 << 63) - 1)
 
 
@@ -256,7 +258,7 @@ _KEYS: Mapping[str, Reader] = {
         data_port=_number,
         checkpoint_bytes=_number,
     ),
-    "limits": _section(_limits, max_migrations=_number, bandwidth=_rate),
+    "limits": _section(_limits, max_migrations=_number, max_watches=_number, bandwidth=_rate),
 }
 
 

@@ -63,7 +63,7 @@ class Cutover:
         self.releasing = False
 
     async def run(self) -> None:
-        """Do it. NOT_QUIESCED (FailedPrecondition): undone, syncing may go on."""
+        """Do it. NOT_QUIESCED, SOURCE_UNREADABLE (FailedPrecondition): undone, syncing goes on."""
         sender = self._sender
         self._note("finish_round")
         sender.hurry()
@@ -73,6 +73,7 @@ class Cutover:
         taken = await sender.take(flush=False)
         self._note("take")
         report = await sender.send_dirty(taken)
+        sender.check_read()
         if report.dirty_bytes != taken.dirty_bytes:
             raise RuntimeError("the final round left something unsent")
         self._note("send", minus_seconds=report.flush_seconds)

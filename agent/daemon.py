@@ -23,7 +23,7 @@ from warmsync.v1 import host_service_pb2_grpc, migration_service_pb2_grpc
 from agent import log
 from agent.address import Address, parse_address
 from agent.carrier.port import DataPort
-from agent.config import AgentConfig
+from agent.config import AgentConfig, LimitsConfig
 from agent.errors import FailedPrecondition, NotAllowed
 from agent.registry import Registry
 from agent.rpc.client import open_channel
@@ -37,6 +37,10 @@ from agent.signer import open_signer
 
 # For calls under way at the end; those that wait for a migration end with the registry.
 STOP_GRACE_SECONDS = 2.0
+
+SPARE_CALLS = 256
+"""Calls that may be under way beside the watches and what migrations need."""
+CALLS_A_MIGRATION = 4
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +68,9 @@ async def serve(config: AgentConfig, *, as_json: bool = False) -> None:
         signer,
     )
     try:
-        server = await start_server(config.listen, _services(config, registry), config.tls)
+        server = await start_server(
+            config.listen, _services(config, registry), config.tls, max_calls(config.limits)
+        )
     except BaseException:
         await registry.close()
         raise
@@ -82,6 +88,11 @@ async def serve(config: AgentConfig, *, as_json: bool = False) -> None:
             await registry.data_port.close()
         await server.stop(STOP_GRACE_SECONDS)
     _log.info("stopped")
+
+
+def max_calls(limits: LimitsConfig) -> int:
+    """Return how many calls may be under way at once."""
+    return SPARE_CALLS + limits.max_watches + CALLS_A_MIGRATION * limits.max_migrations
 
 
 def open_data_port(config: AgentConfig, address: Address) -> DataPort | None:

@@ -8,6 +8,7 @@ All calls block: run them on a thread. Never talks to the target.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +29,9 @@ from agent.store import Store
 from agent.tracker import Take, Tracker, has_mark
 from agent.tracker.choice import fit_block, make_tracker
 from agent.tree import DigestTree, KeptTree
+from agent.unread import BadBlock, UnreadBlocks
 from native.bitmap import DirtyBitmap
-from native.blockio import BlockDevice
+from native.blockio import BlockDevice, Unread
 from native.chunk import CHUNK_BYTES, DIGEST_BYTES
 
 if TYPE_CHECKING:
@@ -99,6 +101,7 @@ class SourceDisk:
         self._verify = verify
         self.tree: DigestTree | None = None
         """Made with the start, if anything is to be compared at the cutover."""
+        self.unread = UnreadBlocks(self.volume.source, size_bytes, block)
         self.known_key = self.key()
         self._fenced = False
 
@@ -268,18 +271,42 @@ class SourceDisk:
         """Return the bytes that are chosen."""
         return 0 if self._chosen is None else self._chosen.count_bytes()
 
-    def settle(self) -> None:
-        """What was chosen is durable on the target: it is not pending any more, all else is."""
-        if self._chosen is None:
+    def settle(self, unread: Sequence[Unread] = ()) -> int:
+        """What was chosen and read is durable on the target: not pending any more, all else is.
+
+        Returns the bytes that were chosen and stay pending, as they could not be read.
+        """
+        chosen = self._chosen
+        if chosen is None:
             raise RuntimeError("nothing was chosen since the last take")
+        self.unread.note(chosen, unread)
         if self.tree is not None:  # first: while it is pending it will be doubted once more
-            self.tree.note_sent(self._chosen)
+            self.tree.note_sent(chosen)  # more than was read: only has its entries looked at
             self.tree.doubt_overtaken()
-        if self._chosen is self.pending:
+        kept = 0
+        if unread:
+            # Never cleared and marked again: an agent that is killed in between would lose them.
+            before = chosen.count_bytes()
+            chosen = self._without(chosen, unread)
+            kept = before - chosen.count_bytes()
+        if chosen is self.pending:
             self.pending.clear()
         else:
-            self.pending.subtract(self._chosen)
+            self.pending.subtract(chosen)
         self._chosen = None
+        return kept
+
+    def _without(self, chosen: DirtyBitmap, unread: Sequence[Unread]) -> DirtyBitmap:
+        if chosen is not self._part:
+            self._part.clear()
+            self._part.merge(chosen)
+        for offset, length in self.unread.blocks_of(unread):
+            self._part.clear_range(offset, length)
+        return self._part
+
+    def bad_blocks(self) -> list[BadBlock]:
+        """Return what the last rounds could not read and is still to be sent."""
+        return self.unread.find(self.pending)
 
     def is_pending(self, offset_bytes: int, length_bytes: int) -> bool:
         """Return whether a byte of the range (within one chunk) may differ from the target."""

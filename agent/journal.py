@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 VERSION = 1
 NAME = "journal.db"
+_WAL_PAGES = 64
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS migration (
@@ -115,6 +116,8 @@ def _open(path: Path) -> sqlite3.Connection:
     database.text_factory = bytes.decode  # a ValueError where the default is an OperationalError
     try:
         database.execute("PRAGMA journal_mode = WAL")
+        # The default lets the log grow to 4 MiB; a state directory may be as small as that.
+        database.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
         database.execute("PRAGMA synchronous = FULL")  # a commit survives the loss of power
         (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":

@@ -6,7 +6,7 @@ pending. Both sides read at once, near the speed of the slower disk; memory is b
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Container, Iterator
 
 from agent.peer import Peer
 from agent.reader import read_digests
@@ -26,11 +26,14 @@ async def reconcile(
     compared = equal = 0
     for volume, disk in enumerate(sender.disks):
         size = disk.volume.size_bytes
-        own = read_digests(disk.device, size, workshop.pool, workshop.threads)
+        unread: set[int] = set()
+        own = read_digests(disk.device, size, workshop.pool, workshop.threads, unread)
         try:
             async for offset, theirs in peer.digests(token, volume):
                 ours = await next_digests(own, offset)
-                for first, count in equal_runs(ours, theirs):
+                # What cannot be read may differ: it stays pending, and is tried again in a round.
+                bad = {(at - offset) // CHUNK_BYTES for at in unread if at >= offset}
+                for first, count in equal_runs(ours, theirs, bad):
                     start = offset + first * CHUNK_BYTES
                     length = min(count * CHUNK_BYTES, size - start)
                     found = ours[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
@@ -43,13 +46,19 @@ async def reconcile(
             await own.aclose()
 
 
-def equal_runs(ours: bytes, theirs: bytes) -> Iterator[tuple[int, int]]:
-    """Iterate (first chunk, count) of runs of equal digests."""
+def equal_runs(
+    ours: bytes, theirs: bytes, unread: Container[int] = ()
+) -> Iterator[tuple[int, int]]:
+    """Iterate (first chunk, count) of runs of equal digests; no chunk of `unread` is in one."""
     count = min(len(ours), len(theirs)) // DIGEST_BYTES
     begun = None
     for i in range(count + 1):
         at = i * DIGEST_BYTES
-        same = i < count and ours[at : at + DIGEST_BYTES] == theirs[at : at + DIGEST_BYTES]
+        same = (
+            i < count
+            and i not in unread
+            and ours[at : at + DIGEST_BYTES] == theirs[at : at + DIGEST_BYTES]
+        )
         if same and begun is None:
             begun = i
         elif not same and begun is not None:

@@ -24,7 +24,9 @@ from agent.planner import Batch, plan_dirty, plan_holes
 from agent.reader import Reader, ReadVolume
 from agent.rounds import RoundReport
 from agent.throttle import Throttle
+from agent.unread import SOURCE_TRIES
 from native.bitmap import DirtyBitmap
+from native.blockio import Unread
 from native.buffer import BufferPool
 
 _log = logging.getLogger(__name__)
@@ -94,6 +96,8 @@ class Sender:
         self._paused_seconds = self._paused_at = 0.0
         self._taken_at = time.monotonic()
         self._held_bytes = self._left_bytes = 0
+        self._left_out: list[Unread] = []
+        self._telling = False
         self._writes = sum(disk.count_writes() for disk in disks)
 
     def use(self, carrier: Carrier) -> None:
@@ -170,6 +174,17 @@ class Sender:
         """Change the progress that is shown."""
         self.progress = replace(self.progress, **changes)  # type: ignore[arg-type]
         self.bell.ring()
+
+    @property
+    def unread_tries(self) -> int:
+        """How often what cannot be read was tried, at most; 0 if all can be."""
+        return max((bad.tries for disk in self.disks for bad in disk.bad_blocks()), default=0)
+
+    def check_read(self) -> None:
+        """Raise FailedPrecondition if the last rounds could not read all: SOURCE_UNREADABLE."""
+        for disk in self.disks:
+            for bad in disk.bad_blocks():
+                raise disk.unread.refusal(bad)
 
     def check(self) -> None:
         """Raise Unavailable if the connection to the target is known to be lost."""
@@ -308,17 +323,19 @@ class Sender:
         self._held_bytes, self._left_bytes = held_bytes, size_bytes
         started, paused = time.monotonic(), self._paused_seconds
         before = self.progress.sent_bytes
+        self._left_out = []
         async with aclosing(parts):
             async for jobs, holes in parts:
                 await self._send_marked(jobs)
                 await self._send_frames(holes)
         sent = self.progress.sent_bytes - before
-        flush_seconds = await self._flush()
+        flush_seconds, kept_bytes = await self._flush()
         finished = time.monotonic()
         elapsed = finished - started - (self._paused_seconds - paused)
+        self._tell_unread()
         return RoundReport(
             generation=self.generation,
-            dirty_bytes=size_bytes,
+            dirty_bytes=size_bytes - kept_bytes,
             sent_bytes=sent,
             take_seconds=taken.seconds,
             send_seconds=max(elapsed - flush_seconds, 0.0),
@@ -330,29 +347,50 @@ class Sender:
     async def _send_marked(self, jobs: list[tuple[int, DirtyBitmap]]) -> None:
         carrier = self._open_carrier
         if isinstance(carrier, BulkCarrier):
-            await carrier.send_marked(jobs, self._sending, self._tick)
+            self._left_out += await carrier.send_marked(jobs, self._sending, self._tick)
         else:
             await self._send_frames(chain.from_iterable(plan_dirty(*job) for job in jobs))
 
     async def _send_frames(self, batches: Iterator[Batch]) -> None:
         frames = self._reader.frames(batches, self._sending)
         try:
-            async for batch, frame in frames:
+            async for batch, frame, unread in frames:
+                size = batch.size_bytes - sum(one.length_bytes for one in unread)
+                self._left_out += unread
+                if not size:
+                    continue
                 await self.wait_until_running()
                 await self.throttle.spend(len(frame))
                 await self._open_carrier.send(frame)
-                self._count(batch.size_bytes, len(frame))
+                self._count(size, len(frame))
         finally:
             await frames.aclose()
 
-    async def _flush(self) -> float:
-        """Only now is what was sent known to be equal: clear it (rule 4)."""
+    async def _flush(self) -> tuple[float, int]:
+        """Only now is what was sent known to be equal: clear it (rule 4).
+
+        Returns the seconds of the target's flush, and the bytes that could not be read.
+        """
         seconds = await self._open_carrier.flush(self._sending)
-        for disk in self.disks:
-            disk.settle()
+        kept = 0
+        for i, disk in enumerate(self.disks):
+            kept += disk.settle([one for one in self._left_out if one.volume == i])
         self.generation = self._sending
-        self.note(dirty_bytes=self._held_bytes)
-        return seconds
+        self.note(dirty_bytes=self._held_bytes + kept)
+        return seconds, kept
+
+    def _tell_unread(self) -> None:
+        """Say what cannot be read. SOURCE_IO_ERROR (DataLoss) once it was tried often enough."""
+        found = [(disk, bad) for disk in self.disks for bad in disk.bad_blocks()]
+        if found or self._telling:
+            first = found[0][1].describe(found[0][0].volume.source) if found else ""
+            more = f", and {len(found) - 1} blocks more" if len(found) > 1 else ""
+            self.note(trouble=first and f"{first}{more}; tried again with the next round")
+            _log.warning('blocks not read count=%s first="%s"', len(found), first)
+        self._telling = bool(found)
+        for disk, bad in found:
+            if bad.tries >= SOURCE_TRIES:
+                raise disk.unread.error(bad)
 
     def _tick(self, done_bytes: int, sent_bytes: int) -> None:
         self._watch_guest()

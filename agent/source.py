@@ -47,6 +47,7 @@ from agent.rounds import Convergence, Verdict, sample_of
 from agent.sender import Sender, Workshop
 from agent.signer import Signer
 from agent.state import Event, Machine, State
+from agent.unread import SOURCE_TRIES
 from agent.verify import compare_ends
 
 _log = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ MAX_RETRY_SECONDS = 10.0
 RETRY_FOR_SECONDS = 3600.0
 """How long a lost target is tried again without a round that became durable."""
 
-SOURCE_TRIES = 3
-"""How often a source that cannot be read is tried, without a round in between, before the end."""
+UNREAD_RETRY_SECONDS = 0.5
+"""How long a block that could not be read rests after its first try; twice as long after two."""
 
 _PASSING = frozenset(
     {
@@ -81,7 +82,7 @@ _PASSING = frozenset(
     }
 )
 """What another connection may mend, beside all that is Unavailable: damage on the way."""
-_REFUSALS = frozenset({"NOT_QUIESCED", "COPIES_DIFFER"})
+_REFUSALS = frozenset({"NOT_QUIESCED", "COPIES_DIFFER", "SOURCE_UNREADABLE"})
 """What makes a cutover come to nothing, and syncing go on."""
 _MENDABLE = frozenset({"TARGET_IO_ERROR", "DISK_FULL", "STATE_NOT_KEPT", "TARGET_NOT_CLAIMED"})
 """What a person has to mend at the target: the migration pauses."""
@@ -523,9 +524,11 @@ class SourceMigration:
             self._source_errors = 0
         self._lost_at = self._lost_at or now
         passing = isinstance(error, Unavailable) or error.reason in _PASSING
-        if error.reason == "SOURCE_IO_ERROR":  # its blocks are still pending
-            self._source_errors += 1
+        if error.reason == "SOURCE_IO_ERROR" and "tries" not in error.values:
+            self._source_errors += 1  # all its blocks are still pending
             passing = self._source_errors < SOURCE_TRIES
+            if not passing:
+                error.values["tries"] = str(self._source_errors)
         owner_unknown = self.state is State.CUTTING_OVER and error.reason == "OWNER_UNKNOWN"
         lasting = now - self._lost_at > RETRY_FOR_SECONDS and not self._is_releasing
         if lasting or not (passing or owner_unknown):
@@ -577,8 +580,10 @@ class SourceMigration:
         self._wake.clear()
         if self._wants_cutover:
             return
+        wait = self._convergence.wait_seconds(time.monotonic())
+        wait = max(wait, UNREAD_RETRY_SECONDS * self._sender.unread_tries)
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._convergence.wait_seconds(time.monotonic())):
+            async with asyncio.timeout(wait):
                 await self._wake.wait()
         await self._sender.wait_until_running()
 
@@ -596,6 +601,8 @@ class SourceMigration:
             marked_bytes=taken.marked_bytes,
             proof_seconds=await self._proof.seconds(self._prepared.peer, self._token),
         )
+        if self._sender.unread_tries:  # a cutover would be refused
+            verdict = replace(verdict, converged=False)
         self._judge(verdict)
         budget = self._plan.max_downtime_seconds
         self._proof.read_ahead(idle=not taken.marked_bytes, budget_seconds=budget)

@@ -110,6 +110,10 @@ ASKED = (
 """Events that a controller asks for; the others are the agent's own doing."""
 
 
+MAX_HISTORY = 200
+"""Entries of a history: a migration that converges and diverges all day must not grow for ever."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One line of the history: the state entered, and when (the caller's clock, seconds)."""
@@ -145,7 +149,10 @@ class Machine:
 
     @property
     def history(self) -> tuple[Entry, ...]:
-        """All states entered, oldest first; it begins with PENDING."""
+        """The states entered, oldest first; it begins with PENDING.
+
+        Of more than MAX_HISTORY the oldest detours (out of a state and back) are left out.
+        """
         return tuple(self._history)
 
     @property
@@ -169,7 +176,21 @@ class Machine:
         if target is None:
             raise self._illegal(event)
         self._history.append(Entry(target, at_seconds))
+        if len(self._history) > MAX_HISTORY:
+            self._shorten()
         return target
+
+    def _shorten(self) -> None:
+        """Drop the oldest detour; what is left is a history of legal moves. Not the last entry:
+        it may be retracted.
+        """
+        left: dict[State, int] = {}
+        for i, entry in enumerate(self._history[:-1]):
+            if entry.state in left:
+                del self._history[left[entry.state] + 1 : i + 1]
+                return
+            if entry.state in (State.SEEDING, State.SYNCING):
+                left[entry.state] = i
 
     def retract(self) -> None:
         """Undo the last move: it could not be written down, so it did not happen."""

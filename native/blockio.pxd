@@ -19,6 +19,22 @@ cdef extern from "blockio_impl.h" nogil:
         uint64_t offset
         uint64_t length
         uint64_t failed_at
+    enum:
+        WS_UNREAD_MAX
+    struct ws_unread:
+        uint64_t offset
+        uint64_t length
+        int error
+    struct ws_salvage:
+        uint32_t unit
+        uint32_t may_lose
+        uint64_t *pairs
+        size_t room
+        size_t count
+        ws_unread *unread
+        size_t unread_count
+        uint32_t lost
+        uint64_t read_bytes
     struct ws_loop:
         uint64_t device
         uint64_t inode
@@ -36,6 +52,8 @@ cdef extern from "blockio_impl.h" nogil:
                           ws_attempt *why)
     int ws_dev_write_batch(const ws_device *dev, const uint64_t *pairs, size_t count,
                            const void *data, ws_attempt *why)
+    int ws_dev_salvage(const ws_device *dev, const uint64_t *pairs, size_t count, void *data,
+                       ws_salvage *salvage, ws_attempt *why)
     int ws_dev_zero(ws_device *dev, uint64_t offset, uint64_t length, ws_attempt *why)
     int ws_dev_discard(const ws_device *dev, uint64_t offset, uint64_t length, ws_attempt *why)
     int ws_dev_flush(const ws_device *dev, ws_attempt *why)

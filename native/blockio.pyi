@@ -3,8 +3,20 @@
 from array import array
 from collections.abc import Iterator
 from types import TracebackType
+from typing import NamedTuple
 
 from typing_extensions import Buffer
+
+MAX_UNREAD: int
+"""Bad places that one round gets around; a device with more fails as a whole."""
+
+class Unread(NamedTuple):
+    """A range of a volume that could not be read, and why."""
+
+    volume: int
+    offset_bytes: int
+    length_bytes: int
+    errno: int
 
 class BlockDevice:
     """An open block device or regular file, read and written with O_DIRECT.

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from collections import namedtuple
 
 from cpython.buffer cimport (
     PyBUF_SIMPLE,
@@ -13,6 +14,7 @@ from cpython.buffer cimport (
 from libc.stdint cimport uint64_t
 
 from native.blockio cimport (
+    WS_UNREAD_MAX,
     WS_ZERO_PUNCH,
     WS_ZERO_ZEROOUT,
     ws_attempt,
@@ -35,6 +37,9 @@ from native.blockio cimport (
 )
 
 SECTOR_BYTES = 512
+MAX_UNREAD = WS_UNREAD_MAX
+
+Unread = namedtuple("Unread", ("volume", "offset_bytes", "length_bytes", "errno"))
 
 
 cdef class BlockDevice:

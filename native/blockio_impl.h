@@ -54,6 +54,40 @@ int ws_dev_read_batch(const struct ws_device *dev, const uint64_t *pairs, size_t
 int ws_dev_write_batch(const struct ws_device *dev, const uint64_t *pairs, size_t count,
                        const void *data, struct ws_attempt *why);
 
+/* Is this what block/blk-core.c (blk_errors) makes of one bad place: I/O, medium, target,
+ * protection? All else (no such device, no memory, a request that makes no sense) concerns the
+ * whole device. */
+bool ws_is_of_a_place(int rc);
+
+/* A range that could not be read, and why (errno). */
+struct ws_unread {
+    uint64_t offset;
+    uint64_t length;
+    int error;
+};
+
+/* Places of `unit` bytes that one call may lose: more is not a bad sector, it is a bad disk. */
+#define WS_UNREAD_MAX 1024u
+
+/* What can be had of a batch that could not be read. */
+struct ws_salvage {
+    uint32_t unit;     /* what is lost with a sector in it; a multiple of 4096 */
+    uint32_t may_lose; /* so many units; the next one is an error */
+    uint64_t *pairs;   /* what was read, as for ws_dev_read_batch() */
+    size_t room;       /* in `pairs`; twice what was asked for, and 256, is always enough */
+    size_t count;      /* of pairs */
+    struct ws_unread unread[WS_UNREAD_MAX];
+    size_t unread_count;
+    uint32_t lost; /* units */
+    uint64_t read_bytes;
+    size_t joint; /* private: pairs up to here are not added to */
+};
+
+/* Read a batch again, around what cannot be read: that is listed, and what could be is moved
+ * together in `data`. -errno if the device as a whole fails, or loses more than it may. */
+int ws_dev_salvage(const struct ws_device *dev, const uint64_t *pairs, size_t count, void *data,
+                   struct ws_salvage *salvage, struct ws_attempt *why);
+
 /* Make the range read as zeros by the cheapest method that the device has not refused. */
 int ws_dev_zero(struct ws_device *dev, uint64_t offset, uint64_t length, struct ws_attempt *why);
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from typing_extensions import Buffer
 
 from native.bitmap import DirtyBitmap
-from native.blockio import BlockDevice
+from native.blockio import BlockDevice, Unread
 from native.buffer import AlignedBuffer
 
 MAX_PAYLOAD_BYTES: int
@@ -56,6 +56,7 @@ def gather(
     digests: Buffer | None = None,
     stale: DirtyBitmap | None = None,
     min_zero_bytes: int = 65536,
+    unread: list[Unread] | None = None,
 ) -> bytes:
     """Read `extents` (array("Q") of offset, length) and return one frame.
 
@@ -68,7 +69,10 @@ def gather(
     then says what was read, not what arrived: a frame that is not delivered must be sent again,
     whatever a scan says.
     ValueError for extents that do not ascend, overlap, are empty or together longer than
-    MAX_PAYLOAD_BYTES. OSError from the device.
+    MAX_PAYLOAD_BYTES. OSError from the device; with `unread`, what cannot be read is left out of
+    the frame and appended to the list instead, in whole 4096 bytes (or whole chunks, with
+    `digests`: their entries stay as they were), unless the device fails as a whole or more than
+    blockio.MAX_UNREAD of them do.
     """
 
 def zeros(extents: array[int], *, volume: int, generation: int, sequence: int) -> bytes:

@@ -16,11 +16,14 @@ from libc.string cimport memcpy
 
 from native.bitmap cimport DirtyBitmap, ws_bitmap, ws_bitmap_set_range
 from native.blockio cimport (
+    WS_UNREAD_MAX,
     BlockDevice,
     batch_bytes,
     ws_attempt,
     ws_dev_read_batch,
+    ws_dev_salvage,
     ws_device,
+    ws_salvage,
 )
 from native.buffer cimport AlignedBuffer
 from native.chunk cimport WS_CHUNK_BYTES, WS_DIGEST_BYTES, init_chunk
@@ -74,6 +77,8 @@ cdef extern from "frame_impl.h" nogil:
     ws_frame_extent ws_frame_entry(const uint8_t *frame, size_t i)
     int ws_frame_apply(ws_device *dev, const uint8_t *frame, void *scratch, ws_applied *applied,
                        ws_attempt *why)
+
+from native.blockio import Unread
 
 init_chunk()
 
@@ -157,6 +162,7 @@ def gather(
     digests=None,
     DirtyBitmap stale=None,
     uint64_t min_zero_bytes=65536,
+    list unread=None,
 ):
     """Read `extents` and return one frame."""
     cdef Plan plan = Plan(extents)
@@ -169,21 +175,26 @@ def gather(
             f"the scratch {room}"
         )
     if digests is None:
-        _read(device, plan, scratch)
+        _read(device, plan, scratch, 4096, volume, unread)
     else:
-        _read_and_digest(device, plan, scratch, digests, stale)
+        _read_and_digest(device, plan, scratch, digests, stale, volume, unread)
     with nogil:
         ws_frame_plan_data(&plan.plan, plan.pairs, plan.count, scratch.data, min_zero_bytes)
     return plan.build(&header, scratch.data)
 
 
-cdef int _read(BlockDevice device, Plan plan, AlignedBuffer scratch) except -1:
+cdef int _read(
+    BlockDevice device, Plan plan, AlignedBuffer scratch, uint32_t unit, uint32_t volume,
+    list unread,
+) except -1:
     cdef ws_attempt why
     cdef int rc
     cdef ws_device *raw = device.acquire()
     try:
         with nogil:
             rc = ws_dev_read_batch(raw, plan.pairs, plan.count, scratch.data, &why)
+        if rc != 0 and unread is not None:
+            rc = _salvage(raw, plan, scratch, unit, volume, unread, &why)
     finally:
         device.release()
     if rc != 0:
@@ -191,15 +202,43 @@ cdef int _read(BlockDevice device, Plan plan, AlignedBuffer scratch) except -1:
     return 0
 
 
+cdef int _salvage(
+    ws_device *raw, Plan plan, AlignedBuffer scratch, uint32_t unit, uint32_t volume, list unread,
+    ws_attempt *why,
+) except 1:
+    """Read what can be read: the plan and the scratch are of that then. 0 or -errno."""
+    cdef ws_salvage salvage
+    cdef int rc
+    cdef size_t i
+    cdef size_t room = min(2 * plan.count + 256, <size_t>WS_FRAME_MAX_EXTENTS)
+    cdef uint64_t *pairs = <uint64_t *>PyMem_Malloc(room * 16)
+    if pairs == NULL:
+        raise MemoryError
+    salvage.unit, salvage.may_lose = unit, WS_UNREAD_MAX
+    salvage.pairs, salvage.room = pairs, room
+    with nogil:
+        rc = ws_dev_salvage(raw, plan.pairs, plan.count, scratch.data, &salvage, why)
+    if rc != 0:
+        PyMem_Free(pairs)
+        return rc
+    PyMem_Free(plan.pairs)
+    plan.pairs, plan.count, plan.total_bytes = pairs, salvage.count, salvage.read_bytes
+    for i in range(salvage.unread_count):
+        one = salvage.unread[i]
+        unread.append(Unread(volume, one.offset, one.length, one.error))
+    return 0
+
+
 cdef int _read_and_digest(
-    BlockDevice device, Plan plan, AlignedBuffer scratch, object digests, DirtyBitmap stale
+    BlockDevice device, Plan plan, AlignedBuffer scratch, object digests, DirtyBitmap stale,
+    uint32_t volume, list unread,
 ) except -1:
     cdef Py_buffer table
     cdef uint64_t size = device.size_bytes() if stale is None else stale.map.size_bytes
     PyObject_GetBuffer(digests, &table, PyBUF_WRITABLE)
     try:
         _check_chunks(plan, size, <uint64_t>table.len, stale is not None)
-        _read(device, plan, scratch)
+        _read(device, plan, scratch, WS_CHUNK_BYTES if stale is None else 4096, volume, unread)
         with nogil:
             _digest(plan, scratch.data, size, <uint8_t *>table.buf,
                     NULL if stale is None else &stale.map)

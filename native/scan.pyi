@@ -24,6 +24,8 @@ def compare(
 ) -> int:
     """Mark each chunk of the range whose digest is not the one in `table`; return bytes marked.
 
+    A chunk that cannot be read may differ: it is marked. OSError if MAX_UNREAD // 4 (blockio) are.
+
     `table`: chunk.DIGEST_BYTES for each chunk of the whole device, read only here.
     """
 

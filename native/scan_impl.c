@@ -39,6 +39,17 @@ static uint64_t mark(const struct ws_bitmap *marks, uint64_t index) {
     return length;
 }
 
+struct tally {
+    uint64_t marked; /* bytes */
+    uint32_t unread; /* chunks */
+};
+
+/* A device that has shrunk has no bad sectors. */
+static bool is_whole(const struct ws_device *dev, uint64_t size_bytes) {
+    uint64_t size;
+    return ws_dev_size(dev, &size) == 0 && size >= size_bytes;
+}
+
 static uint64_t compare_read(const uint8_t *data, uint64_t offset, uint64_t length,
                              const uint8_t *table, const struct ws_bitmap *marks) {
     uint64_t marked = 0, index = offset / WS_CHUNK_BYTES;
@@ -51,19 +62,40 @@ static uint64_t compare_read(const uint8_t *data, uint64_t offset, uint64_t leng
     return marked;
 }
 
+/* Compare chunk by chunk what could not be read as a whole; what cannot be read may differ. */
+static int compare_around(const struct ws_device *dev, uint64_t offset, uint64_t length,
+                          uint8_t *data, const uint8_t *table, const struct ws_bitmap *marks,
+                          struct tally *tally, struct ws_attempt *why) {
+    for (uint64_t end = offset + length; offset < end; offset += WS_CHUNK_BYTES) {
+        uint64_t some = least(WS_CHUNK_BYTES, end - offset);
+        int rc = read_blocks(dev, data, offset, some, why);
+        if (rc == 0)
+            tally->marked += compare_read(data, offset, some, table, marks);
+        else if (ws_is_of_a_place(rc) && ++tally->unread <= WS_UNREAD_MAX / 4)
+            tally->marked += mark(marks, offset / WS_CHUNK_BYTES);
+        else
+            return rc;
+    }
+    return 0;
+}
+
 int ws_scan_compare(const struct ws_device *dev, uint64_t offset, uint64_t length,
                     const struct ws_scratch *scratch, const uint8_t *table,
                     const struct ws_bitmap *marks, uint64_t *marked, struct ws_attempt *why) {
-    for (*marked = 0; length > 0;) {
+    struct tally tally = {0, 0};
+    int rc = 0;
+    while (rc == 0 && length > 0) {
         uint64_t step = least(length, scratch->size);
-        int rc = read_blocks(dev, scratch->data, offset, step, why);
-        if (rc != 0)
-            return rc;
-        *marked += compare_read(scratch->data, offset, step, table, marks);
+        rc = read_blocks(dev, scratch->data, offset, step, why);
+        if (rc == 0)
+            tally.marked += compare_read(scratch->data, offset, step, table, marks);
+        else if (ws_is_of_a_place(rc) && is_whole(dev, marks->size_bytes))
+            rc = compare_around(dev, offset, step, scratch->data, table, marks, &tally, why);
         offset += step;
         length -= step;
     }
-    return 0;
+    *marked = tally.marked;
+    return rc;
 }
 
 uint64_t ws_scan_hole(uint64_t offset, uint64_t length, const uint8_t *table,

@@ -41,7 +41,8 @@ void ws_scan_note(const uint8_t *data, uint64_t offset, uint64_t length, uint64_
                   uint8_t *table, const struct ws_bitmap *stale);
 
 /* Mark the chunks of the range that are not what `table` says; counts their bytes in `marked`. The
- * range begins and ends on borders of chunks, or at the end of the volume that `marks` has. */
+ * range begins and ends on borders of chunks, or at the end of the volume that `marks` has. Chunks
+ * that cannot be read are marked too: they may differ. More than WS_UNREAD_MAX / 4 are an error. */
 int ws_scan_compare(const struct ws_device *dev, uint64_t offset, uint64_t length,
                     const struct ws_scratch *scratch, const uint8_t *table,
                     const struct ws_bitmap *marks, uint64_t *marked, struct ws_attempt *why);

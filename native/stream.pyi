@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing_extensions import Buffer
 
 from native.bitmap import DirtyBitmap
-from native.blockio import BlockDevice
+from native.blockio import BlockDevice, Unread
 from native.frame import FrameError
 
 TOKEN_BYTES: int
@@ -102,11 +102,14 @@ class Sender:
     ) -> None: ...
     def tune(self, *, frame_bytes: int, gap_bytes: int, nice: int) -> None:
         """Set the payload of frames, the clean gaps that are sent too, the threads' niceness."""
-    def send(self, jobs: Iterable[tuple[int, DirtyBitmap]], generation: int) -> None:
+    def send(self, jobs: Iterable[tuple[int, DirtyBitmap]], generation: int) -> list[Unread]:
         """Read and send all that is marked in (volume, marks), one thread a connection.
 
-        Runs of 64 KiB or more of zeros travel as ZERO. The marks must not change meanwhile. OSError
-        if a read fails (what was sent until then is not known), ConnectionLost, Stopped.
+        Runs of 64 KiB or more of zeros travel as ZERO. The marks must not change meanwhile. Returns
+        what was left out, as it could not be read: ranges of whole 4096 bytes, or of whole chunks
+        where there are digests (whose entries stay as they were). OSError if the device fails as a
+        whole or MAX_UNREAD of them do (what was sent until then is not known), ConnectionLost,
+        Stopped.
         """
     def send_frame(self, frame: Buffer) -> None:
         """Send one frame that is ready. ConnectionLost, Stopped."""

@@ -13,9 +13,10 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from native.bitmap cimport DirtyBitmap, ws_bitmap
-from native.blockio cimport BlockDevice, ws_attempt, ws_device
+from native.blockio cimport BlockDevice, ws_attempt, ws_device, ws_unread
 from native.chunk cimport WS_CHUNK_BYTES, WS_DIGEST_BYTES, init_chunk
 
+from native.blockio import Unread
 from native.frame import MAX_PAYLOAD_BYTES, FrameError
 
 cdef extern from "stream_impl.h" nogil:
@@ -58,6 +59,10 @@ cdef extern from "stream_impl.h" nogil:
     struct ws_job:
         uint32_t volume
         const ws_bitmap *marks
+    struct ws_left_out:
+        size_t count
+        uint32_t *volumes
+        ws_unread *ranges
     struct ws_sink:
         ws_device *device
         uint64_t size_bytes
@@ -100,7 +105,8 @@ cdef extern from "stream_impl.h" nogil:
     ws_pace *ws_sender_pace(ws_sender *sender)
     void ws_sender_tune(ws_sender *sender, uint32_t frame_bytes, uint32_t gap_bytes, int nice)
     void ws_sender_send(ws_sender *sender, const ws_volume *volumes, const ws_job *jobs,
-                        size_t count, uint64_t generation, ws_outcome *outcome)
+                        size_t count, uint64_t generation, ws_left_out *left_out,
+                        ws_outcome *outcome)
     void ws_sender_send_frame(ws_sender *sender, const void *frame, size_t size,
                               ws_outcome *outcome)
     void ws_sender_end(ws_sender *sender, uint64_t generation, uint64_t *flush_ns,
@@ -176,6 +182,15 @@ cdef object error_of(const ws_outcome *outcome, tuple devices):
     if outcome.failure == WS_NO_MEMORY:
         return MemoryError()
     return Stopped()
+
+
+cdef list unread_of(const ws_left_out *left_out):
+    cdef size_t i
+    found = []
+    for i in range(left_out.count):
+        one = left_out.ranges[i]
+        found.append(Unread(left_out.volumes[i], one.offset, one.length, one.error))
+    return found
 
 
 cdef class Tokens:
@@ -335,10 +350,11 @@ cdef class Sender:
         ws_sender_tune(self.sender, frame_bytes, gap_bytes, nice)
 
     def send(self, jobs, uint64_t generation):
-        """Read and send all that is marked."""
+        """Read and send all that is marked; return what could not be read."""
         cdef ws_volume volumes[64]
         cdef ws_job raw[64]
         cdef ws_outcome outcome
+        cdef ws_left_out left_out
         cdef size_t count = 0
         cdef list views = []
         jobs = tuple(jobs)
@@ -368,13 +384,16 @@ cdef class Sender:
                     volumes[held - 1].digests = (<View>views[-1]).data
                     volumes[held - 1].digests_bytes = (<View>views[-1]).size
             with nogil:
-                ws_sender_send(self.sender, volumes, raw, count, generation, &outcome)
+                ws_sender_send(
+                    self.sender, volumes, raw, count, generation, &left_out, &outcome
+                )
         finally:
             for device in self.devices[:held]:
                 (<BlockDevice>device).release()
             self.busy = False
         if outcome.failure != WS_DONE:
             raise error_of(&outcome, self.devices)
+        return unread_of(&left_out)
 
     def send_frame(self, const uint8_t[::1] frame not None):
         """Send one frame that is ready."""

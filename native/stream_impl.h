@@ -191,10 +191,20 @@ struct ws_pace *ws_sender_pace(struct ws_sender *sender);
 /* How large frames are, how large the gaps that are sent too, and how nice the threads. */
 void ws_sender_tune(struct ws_sender *sender, uint32_t frame_bytes, uint32_t gap_bytes, int nice);
 
-/* Read and send all that is marked. Returns when it is sent (not yet written there). */
+/* What a round left out, as it could not be read. */
+struct ws_left_out {
+    size_t count;
+    uint32_t lost; /* units of ws_dev_salvage(): at most WS_UNREAD_MAX */
+    uint32_t volumes[WS_UNREAD_MAX];
+    struct ws_unread ranges[WS_UNREAD_MAX];
+};
+
+/* Read and send all that is marked, but for what is `left_out` in the end: bad sectors, in whole
+ * units of 4096 bytes (a chunk where digests are kept). Returns when it is sent (not yet written
+ * there). */
 void ws_sender_send(struct ws_sender *sender, const struct ws_volume *volumes,
                     const struct ws_job *jobs, size_t count, uint64_t generation,
-                    struct ws_outcome *outcome);
+                    struct ws_left_out *left_out, struct ws_outcome *outcome);
 /* Send a frame that is ready. */
 void ws_sender_send_frame(struct ws_sender *sender, const void *frame, size_t size,
                           struct ws_outcome *outcome);

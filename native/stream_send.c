@@ -10,6 +10,9 @@
 
 #define BATCH_EXTENTS 1024u
 #define MIN_ZERO_BYTES 65536u
+/* A batch of which some cannot be read falls into more pairs: see ws_salvage. */
+#define MAX_PAIRS (2 * BATCH_EXTENTS + 256)
+#define LEAST_UNIT_BYTES 4096u
 
 /* What one connection works with: about 2.3 MiB, and as much again for compression. */
 struct lane {
@@ -18,7 +21,7 @@ struct lane {
     struct ws_ring *ring;
     struct ws_packer *packer; /* NULL: never compress */
     uint8_t *data;            /* one of the sender's payloads */
-    uint64_t pairs[2 * BATCH_EXTENTS];
+    uint64_t pairs[2 * MAX_PAIRS];
     struct ws_piece pieces[BATCH_EXTENTS];
     struct ws_frame_extent table[WS_FRAME_MAX_EXTENTS];
     struct ws_part parts[WS_FRAME_MAX_EXTENTS + 2];
@@ -39,6 +42,7 @@ struct round {
     uint64_t position; /* in it, in bytes */
     uint64_t rest_at;  /* a block larger than a frame goes piece by piece */
     uint64_t rest_bytes;
+    struct ws_left_out *left_out;
     struct ws_outcome *outcome;
     _Atomic bool over; /* failed */
 };
@@ -290,17 +294,77 @@ static int send_parts(struct lane *lane, struct ws_frame_header *head, size_t co
     return 0;
 }
 
-static int send_batch(struct lane *lane, struct round *round, uint32_t index, size_t count) {
+/* How much more the round may lose. */
+static uint32_t may_lose(struct round *round) {
+    pthread_mutex_lock(&round->lock);
+    uint32_t left = WS_UNREAD_MAX - round->left_out->lost;
+    pthread_mutex_unlock(&round->lock);
+    return left;
+}
+
+static bool leave_out(struct round *round, uint32_t index, const struct ws_salvage *salvage) {
+    struct ws_left_out *out = round->left_out;
+    pthread_mutex_lock(&round->lock);
+    /* Others may have lost some meanwhile. */
+    bool fits = salvage->lost <= WS_UNREAD_MAX - out->lost;
+    for (size_t i = 0; fits && i < salvage->unread_count; i++) {
+        out->volumes[out->count] = index;
+        out->ranges[out->count++] = salvage->unread[i];
+    }
+    if (fits)
+        out->lost += salvage->lost;
+    pthread_mutex_unlock(&round->lock);
+    return fits;
+}
+
+/* Read what can be read; the lane's pairs and data are that then. 0 or -errno. */
+static int salvage_batch(struct lane *lane, struct round *round, uint32_t index, size_t *count,
+                         struct ws_attempt *why) {
     const struct ws_volume *volume = &round->volumes[index];
+    uint64_t pairs[2 * MAX_PAIRS];
+    struct ws_salvage salvage = {.unit = volume->digests && !volume->stale ? WS_CHUNK_BYTES
+                                                                           : LEAST_UNIT_BYTES,
+                                 .may_lose = may_lose(round),
+                                 .pairs = pairs,
+                                 .room = MAX_PAIRS};
+    struct ws_attempt first = *why;
+    int rc = ws_dev_salvage(volume->device, lane->pairs, *count, lane->data, &salvage, why);
+    if (rc != 0)
+        return rc;
+    if (!leave_out(round, index, &salvage)) {
+        *why = first;
+        return -EIO;
+    }
+    *count = salvage.count;
+    memcpy(lane->pairs, pairs, salvage.count * 2 * sizeof(*pairs));
+    return 0;
+}
+
+/* Returns the bytes read, of fewer or more pairs if some could not be; -1: none, see `outcome`. */
+static int64_t read_batch(struct lane *lane, struct round *round, uint32_t index, size_t *count) {
     struct ws_attempt why;
-    struct ws_loss loss;
     size_t pieces;
-    uint64_t total = join(lane, count, &pieces);
-    int rc = ws_ring_move(lane->ring, volume->device, false, lane->pieces, pieces, &why);
+    uint64_t total = join(lane, *count, &pieces);
+    struct ws_device *device = round->volumes[index].device;
+    if (ws_ring_move(lane->ring, device, false, lane->pieces, pieces, &why) == 0)
+        return (int64_t)total;
+    int rc = salvage_batch(lane, round, index, count, &why);
     if (rc != 0) {
         read_failed(round, index, rc, &why);
         return -1;
     }
+    total = 0;
+    for (size_t i = 0; i < *count; i++)
+        total += lane->pairs[2 * i + 1];
+    return (int64_t)total;
+}
+
+static int send_batch(struct lane *lane, struct round *round, uint32_t index, size_t count) {
+    const struct ws_volume *volume = &round->volumes[index];
+    struct ws_loss loss;
+    int64_t total = read_batch(lane, round, index, &count);
+    if (total <= 0)
+        return (int)total;
     if (volume->digests != NULL)
         note_digests(volume, lane, count);
     struct ws_frame_plan plan = {lane->table, 0, 0};
@@ -318,7 +382,7 @@ static int send_batch(struct lane *lane, struct round *round, uint32_t index, si
         give_up(round, WS_LOST, &loss);
         return -1;
     }
-    lane->sender->done_bytes += total;
+    lane->sender->done_bytes += (uint64_t)total;
     return 0;
 }
 
@@ -352,16 +416,19 @@ static void *run_errand(void *argument) {
 
 void ws_sender_send(struct ws_sender *sender, const struct ws_volume *volumes,
                     const struct ws_job *jobs, size_t count, uint64_t generation,
-                    struct ws_outcome *outcome) {
+                    struct ws_left_out *left_out, struct ws_outcome *outcome) {
     struct round round = {.sender = sender,
                           .volumes = volumes,
                           .jobs = jobs,
                           .count = count,
                           .generation = generation,
+                          .left_out = left_out,
                           .outcome = outcome};
     struct errand errands[WS_CONNECTIONS_MAX];
     size_t started = 0;
     outcome->failure = WS_DONE;
+    left_out->count = 0;
+    left_out->lost = 0;
     pthread_mutex_init(&round.lock, NULL);
     for (; started < sender->count; started++) {
         errands[started] = (struct errand){.lane = &sender->lanes[started], .round = &round};

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import pytest
 
 from tests import devices, host
-from tests.devices import FaultyDevice, LoopDevice
+from tests.devices import FaultyDevice, LoopDevice, ScratchedDevice
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,6 +56,12 @@ def image_file(resources: ExitStack) -> Callable[..., Path]:
 def faulty_device(resources: ExitStack) -> Callable[..., FaultyDevice]:
     """`faulty_device(size_bytes, sector_size=512)`: EIO within `with device.failing(...)`."""
     return _factory(resources, devices.faulty_device)
+
+
+@pytest.fixture
+def scratched_device(resources: ExitStack) -> Callable[..., ScratchedDevice]:
+    """`scratched_device(size_bytes, sector_size=512)`: bad places by `device.scratch(...)`."""
+    return _factory(resources, devices.scratched_device)
 
 
 @pytest.fixture

@@ -58,6 +58,34 @@ class FaultyDevice:
                 trigger.unlink()
 
 
+@dataclass(frozen=True, slots=True)
+class ScratchedDevice:
+    """A loop device that cannot be read in some places while told to."""
+
+    path: str
+    size_bytes: int
+    directory: Path
+
+    def scratch(self, *ranges: tuple[int, int], once: bool = False) -> None:
+        """From now on reads that touch a range (offset, length) fail; no range heals all.
+
+        `once`: the first read that fails heals all.
+        """
+        (self.directory / "once").write_text("1" if once else "")
+        text = "".join(f"{start} {start + length}\n" for start, length in ranges)
+        new = self.directory / "bad.new"
+        new.write_text(text)
+        new.rename(self.directory / "bad")
+
+    def count_failures(self) -> int:
+        """Return how many reads have failed so far."""
+        return (self.directory / "failed").stat().st_size
+
+    def content(self) -> bytes:
+        """Return what is on it, whatever can be read through the device."""
+        return (self.directory / "content").read_bytes()
+
+
 def require(*capabilities: str) -> None:
     """Skip the test, saying why, if the host lacks one of `host.report`'s capabilities."""
     for capability in capabilities:
@@ -154,6 +182,32 @@ def faulty_device(size_bytes: int, sector_size: int = 512) -> Iterator[FaultyDev
 
 
 @contextmanager
+def scratched_device(size_bytes: int, sector_size: int = 512) -> Iterator[ScratchedDevice]:
+    """A loop device over a file, with bad places on demand (nbdkit's eval plugin, through FUSE)."""
+    require("nbdkit")
+    with scratch_directory() as directory:
+        content = directory / "content"
+        content.touch()
+        os.truncate(content, size_bytes)
+        for name in ("bad", "once", "failed"):
+            (directory / name).touch()
+        # $3 and $4 are the count and the offset of a request (nbdkit-sh-plugin(3)).
+        read = (
+            f"while read -r start end; do if [ $4 -lt $end ] && [ $(($4 + $3)) -gt $start ]; then "
+            f"printf x >> {directory}/failed; "
+            f"if [ -s {directory}/once ]; then : > {directory}/bad; fi; "
+            "echo EIO a scratch >&2; exit 1; fi; "
+            f"done < {directory}/bad; "
+            f"dd if={content} iflag=skip_bytes,count_bytes skip=$4 count=$3 bs=1M status=none"
+        )
+        write = f"dd of={content} oflag=seek_bytes seek=$4 bs=1M conv=notrunc status=none"
+        command = ["nbdkit", "-s", "eval", f"get_size=echo {size_bytes}", f"pread={read}"]
+        command += [f"pwrite={write}", "can_write=exit 0", "can_flush=exit 0", "flush=exit 0"]
+        with _shown(directory, command) as file, attached(file, sector_size) as path:
+            yield ScratchedDevice(path, size_bytes, directory)
+
+
+@contextmanager
 def mounted(device: str, kind: str = "ext4", *options: str) -> Iterator[Path]:
     """Make a file system on `device` and mount it; unmounted at the end."""
     require("root")
@@ -218,12 +272,19 @@ def _write_table(path: str, sector_size: int, *partitions: tuple[int, int]) -> N
 @contextmanager
 def _nbdfuse(directory: Path, size_bytes: int) -> Iterator[Path]:
     """Yield a file whose content nbdkit keeps in memory; nbdkit ends when nbdfuse does."""
-    file, ready = directory / "disk", directory / "ready"
-    file.touch()
-    command = ["nbdfuse", "--pidfile", str(ready), str(file), "--command", "nbdkit", "-s"]
-    command += ["--filter=error", "memory", str(size_bytes)]
+    command = ["nbdkit", "-s", "--filter=error", "memory", str(size_bytes)]
     for name in ("pread", "pwrite", "zero", "trim"):
         command += [f"error-{name}-rate=100%", f"error-{name}-file={directory / name}"]
+    with _shown(directory, command) as file:
+        yield file
+
+
+@contextmanager
+def _shown(directory: Path, served_by: list[str]) -> Iterator[Path]:
+    """Yield a file that is what a server of NBD on its standard input says."""
+    file, ready = directory / "disk", directory / "ready"
+    file.touch()
+    command = ["nbdfuse", "--pidfile", str(ready), str(file), "--command", *served_by]
     with (directory / "log").open("wb") as log, subprocess.Popen(command, stderr=log) as server:
         try:
             _await(ready, server)
@@ -243,10 +304,23 @@ def _await(file: Path, server: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
+def _unmount(file: Path) -> None:
+    """Take the file away. A loop device that another looks at for a moment is detached later."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            run("fusermount3", "-u", file)
+            return
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
 def _stop(file: Path, server: subprocess.Popen[bytes]) -> None:
     try:
         if server.poll() is None:
-            run("fusermount3", "-u", file)
+            _unmount(file)
         server.wait(START_SECONDS)
     finally:
         server.kill()

@@ -39,6 +39,7 @@ FLOORS = {
     "agent.state": 2,
     "agent.statement": 2,
     "agent.superblock": 2,
+    "agent.unread": 2,
     # Hands: they touch the host.
     "agent.ahead": 3,
     "agent.bell": 3,

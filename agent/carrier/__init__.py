@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from agent.migration import CarrierKind
 from native.bitmap import DirtyBitmap
-from native.blockio import BlockDevice
+from native.blockio import BlockDevice, Unread
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -67,9 +67,10 @@ class BulkCarrier(Carrier, Protocol):
         jobs: Sequence[tuple[int, DirtyBitmap]],
         generation: int,
         tick: Callable[[int, int], None],
-    ) -> None:
+    ) -> list[Unread]:
         """Read and send the marks of (volume, marks), which must not change meanwhile.
 
+        Returns what was left out, as it could not be read; DataLoss if that is too much.
         `tick(done_bytes, wire_bytes)` tells now and then, and at the end, what has been added.
         """
 

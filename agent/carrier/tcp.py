@@ -21,6 +21,7 @@ from agent.carrier import CarrierRequest
 from agent.device import io_error
 from agent.errors import Unavailable, WarmsyncError
 from native.bitmap import DirtyBitmap
+from native.blockio import Unread
 from native.stream import Connection, ConnectionLost, Sender
 
 CONNECT_SECONDS = 5.0
@@ -87,11 +88,11 @@ class TcpCarrier:
         jobs: Sequence[tuple[int, DirtyBitmap]],
         generation: int,
         tick: Callable[[int, int], None],
-    ) -> None:
+    ) -> list[Unread]:
         """See `agent.carrier.BulkCarrier`."""
         ticking = asyncio.create_task(self._tick(tick))
         try:
-            await self._call(partial(self._sender.send, jobs, generation))
+            return await self._call(partial(self._sender.send, jobs, generation))
         finally:
             ticking.cancel()
             with suppress(asyncio.CancelledError):

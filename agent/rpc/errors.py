@@ -215,6 +215,10 @@ def _from_plain(error: Any, address: str) -> WarmsyncError:
             return Unavailable("DEADLINE_EXCEEDED", message, address=address)
         case grpc.StatusCode.CANCELLED:
             return Cancelled("CALL_CANCELLED", f"the call to {address} was cancelled: try again")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if "Concurrent RPC limit" in details:
+            # Unavailable: a migration that meets it tries again.
+            message = f"{address} has as many calls under way as it takes: end some, try again"
+            return Unavailable("TOO_MANY_CALLS", message, address=address)
         case grpc.StatusCode.UNIMPLEMENTED:
             message = f"{address} does not know this call: run the same warmsync version there"
             return FailedPrecondition("UNSUPPORTED_BY_PEER", message, address=address)

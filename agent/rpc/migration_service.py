@@ -6,19 +6,24 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 from warmsync.v1 import migration_pb2, migration_service_pb2_grpc
 from warmsync.v1 import migration_service_pb2 as pb
 
-from agent.errors import FailedPrecondition, InvalidArgument
+from agent.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from agent.registry import Registry, Source
 from agent.rpc.convert import id_of, to_comparison, to_message, to_plan
 
 WATCH_SECONDS = 0.1
 """Least time between two messages of a watch, so that progress does not flood the controller."""
+
+WATCH_MESSAGES_PER_SECOND = 1000
+"""All watches together get at most so many: each costs 0.13 ms of the one event loop, which the
+migrations need too. Watches are level-triggered: what is skipped is in the next message."""
 
 _MUTABLE = ("bandwidth_limit_bytes_per_second", "max_downtime_seconds")
 _MAX_PAGE = 1000
@@ -30,6 +35,7 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
+        self._watches = 0
 
     async def CreateMigration(
         self, request: pb.CreateMigrationRequest, context: Any
@@ -96,14 +102,36 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
     ) -> AsyncIterator[pb.WatchMigrationResponse]:
         """Stream the migration whenever it changed, until it has ended."""
         end = self._registry.get(id_of(request.name))
-        while True:
-            seen = end.bell.count
-            migration = end.snapshot()
-            yield pb.WatchMigrationResponse(migration=to_message(migration))
-            if end.state.is_terminal and end.state == migration.state:
-                return
-            await asyncio.sleep(WATCH_SECONDS)
-            await self._registry.wait(end.bell, seen)
+        with self._watching():
+            while True:
+                seen = end.bell.count
+                migration = end.snapshot()
+                yield pb.WatchMigrationResponse(migration=to_message(migration))
+                if end.state.is_terminal and end.state == migration.state:
+                    return
+                await asyncio.sleep(self._watch_seconds)
+                await self._registry.wait(end.bell, seen)
+
+    @property
+    def _watch_seconds(self) -> float:
+        return max(WATCH_SECONDS, self._watches / WATCH_MESSAGES_PER_SECOND)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Count a watch. ResourceExhausted TOO_MANY_WATCHES."""
+        most = self._registry.config.limits.max_watches
+        if self._watches >= most:
+            raise ResourceExhausted(
+                "TOO_MANY_WATCHES",
+                f"this agent has {self._watches} watches, its limit; end one, ask with "
+                "GetMigration (warmsync show), or raise limits.max_watches",
+                limit=most,
+            )
+        self._watches += 1
+        try:
+            yield
+        finally:
+            self._watches -= 1
 
     async def PauseMigration(
         self, request: pb.PauseMigrationRequest, context: Any

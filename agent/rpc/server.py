@@ -69,9 +69,14 @@ class AgentServer:
 
 
 async def start_server(
-    listen: str, services: Sequence[Service], tls: TlsConfig = NO_TLS
+    listen: str,
+    services: Sequence[Service],
+    tls: TlsConfig = NO_TLS,
+    max_calls: int | None = None,
 ) -> AgentServer:
     """Serve at `HOST:PORT` or `unix:PATH` (mode 0600) until stopped.
+
+    `max_calls` may be under way at once; gRPC refuses more with RESOURCE_EXHAUSTED.
 
     Raises InvalidArgument: BAD_ADDRESS, INSECURE_ADDRESS, BAD_CERTIFICATE; FailedPrecondition
     ADDRESS_IN_USE; NotAllowed LISTEN_NOT_PERMITTED.
@@ -79,7 +84,9 @@ async def start_server(
     address = parse_address(listen)
     require_secure(address, tls=tls.is_on)
     credentials = server_credentials(tls) if tls.is_on else None
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls
+    )
     monitor = await _add_services(server, services)
     port = _bind(server, address, credentials)
     await server.start()

@@ -36,6 +36,7 @@ read_ahead_frames = 2
 threads = 1
 [limits]
 max_migrations = 3
+max_watches = 7
 bandwidth = "100M"
 """
 
@@ -72,6 +73,7 @@ REFUSED = {
     "[transfer]\nthreads = 1.0": ("INVALID_CONFIG", "is not a whole number"),
     "[transfer]\nread_ahead_frames = 1025": ("INVALID_CONFIG", "give 1 to 1024"),
     "[limits]\nmax_migrations = 0": ("INVALID_CONFIG", "give 1 to 1000"),
+    "[limits]\nmax_watches = 0": ("INVALID_CONFIG", "give 1 to 10000"),
     "[limits]\nbandwidth = '100 apples'": ("INVALID_RATE", "'100 apples' is not a rate"),
     "[limits]\nbandwidth = -1": ("INVALID_CONFIG", "limits.bandwidth = -1 is out of range"),
     "[limits]\nbandwidth = []": ("INVALID_CONFIG", "is not a whole number"),
@@ -116,7 +118,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         allow_cgroups=("/sys/fs/cgroup/machine.slice/*",),
         tls=TlsConfig("c", "k", "a"),
         transfer=TransferConfig(2, 1),
-        limits=LimitsConfig(3, 100 << 20),
+        limits=LimitsConfig(3, 7, 100 << 20),
     )
 
 

@@ -17,7 +17,7 @@ from agent.errors import DataLoss
 from agent.planner import Batch, plan_dirty, plan_holes
 from agent.reader import Reader, ReadVolume
 from native.bitmap import DirtyBitmap
-from native.blockio import BlockDevice
+from native.blockio import MAX_UNREAD, BlockDevice, Unread
 from native.buffer import BufferPool
 from native.chunk import CHUNK_BYTES, DIGEST_BYTES, digests
 from native.frame import DATA, MAX_PAYLOAD_BYTES, ZERO, extents, inspect
@@ -62,13 +62,13 @@ def test_frames_in_order(tmp_path: Path, threads: ThreadPoolExecutor, pool: Buff
     async def main() -> None:
         made = reader(BlockDevice(str(path)), threads, pool)
         planned = batches()
-        found = [(batch, inspect(frame)) async for batch, frame in made.frames(iter(planned), 7)]
+        found = [(batch, inspect(frame)) async for batch, frame, _ in made.frames(iter(planned), 7)]
         assert [batch for batch, _ in found] == planned
         assert [header.sequence for _, header in found] == [1, 2, 3, 4]
         assert {header.generation for _, header in found} == {7}
         assert [header.payload_bytes for _, header in found] == [1 << 20, 1 << 20, 0, 0]
         # The sequence goes on: it names a frame for all of a session.
-        again = [inspect(frame).sequence async for _, frame in made.frames(iter(planned), 8)]
+        again = [inspect(frame).sequence async for _, frame, _ in made.frames(iter(planned), 8)]
         assert again == [5, 6, 7, 8]
 
     run(main)
@@ -82,7 +82,7 @@ def test_holes_are_not_read(tmp_path: Path, threads: ThreadPoolExecutor, pool: B
         holes = DirtyBitmap(SIZE)
         holes.set_all()
         seed = plan_holes(0, holes)
-        async for _, frame in reader(BlockDevice(str(path)), threads, pool).frames(seed, 1):
+        async for _, frame, _ in reader(BlockDevice(str(path)), threads, pool).frames(seed, 1):
             assert [kind for _, _, kind in extents(frame)] == [ZERO]
 
     run(main)
@@ -99,23 +99,42 @@ def test_digests_are_those_of_what_was_read(
     async def main() -> None:
         volume = ReadVolume(BlockDevice(str(path)), table)
         plan = plan_dirty(0, marked())
-        async for _, frame in Reader([volume], threads, pool, 3).frames(plan, 1):
+        async for _, frame, _ in Reader([volume], threads, pool, 3).frames(plan, 1):
             assert {kind for _, _, kind in extents(frame)} <= {DATA, ZERO}
         assert bytes(table) == digests(content)
 
     run(main)
 
 
-def test_read_errors(threads: ThreadPoolExecutor, pool: BufferPool) -> None:
+def test_a_device_that_fails_as_a_whole(threads: ThreadPoolExecutor, pool: BufferPool) -> None:
     async def main() -> None:
-        frames = reader(device, threads, pool).frames(iter(batches()), 1)
-        with faulty.failing("pread"), pytest.raises(DataLoss) as caught:
-            await anext(frames)
+        frames = reader(device, threads, pool).frames(iter(planned), 1)
+        with faulty.failing("pread"):
+            for _ in range(MAX_UNREAD // 256):  # a MiB each, while they are not too many
+                batch, frame, (one,) = await anext(frames)
+                assert (one.length_bytes, inspect(frame).extent_count) == (batch.size_bytes, 0)
+            with pytest.raises(DataLoss) as caught:
+                await anext(frames)
         assert caught.value.reason == "SOURCE_IO_ERROR"
         assert caught.value.values["errno"] == "EIO"
         assert caught.value.values["path"] == faulty.path
 
-    with devices.faulty_device(SIZE) as faulty, BlockDevice(faulty.path) as device:
+    size = (MAX_UNREAD + 256) * 4096
+    with devices.faulty_device(size) as faulty, BlockDevice(faulty.path) as device:
+        planned = list(plan_dirty(0, marked(size)))
+        run(main)
+
+
+def test_bad_places_are_left_out(threads: ThreadPoolExecutor, pool: BufferPool) -> None:
+    async def main() -> None:
+        left_out = []
+        async for _, frame, unread in reader(device, threads, pool).frames(iter(batches()), 1):
+            left_out += unread
+            assert bool(inspect(frame).extent_count)
+        assert left_out == [Unread(0, (1 << 20) + 8192, 4096, 5)]
+
+    with devices.scratched_device(SIZE) as disk, BlockDevice(disk.path) as device:
+        disk.scratch(((1 << 20) + 9000, 1))
         run(main)
 
 

@@ -221,6 +221,23 @@ def test_sources_that_share_bytes(tmp_path: Path) -> None:
     trial(tmp_path, steps)
 
 
+def test_only_the_latest_that_ended_are_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_module, "MAX_ENDED", 3)
+
+    async def steps(host: Host) -> None:
+        registry = host.registry
+        for number in range(20):
+            asked = request([host.targets["c"]], migration_id=f"dead{number}")
+            session = await registry.open_session(asked)
+            session.abort("gone", cancelled=False)
+        assert [end.id for end in registry.all()] == ["dead16", "dead17", "dead18", "dead19"]
+        assert len(registry._journal.load()) == 4
+
+    trial(tmp_path, steps)
+
+
 def test_the_limit(tmp_path: Path) -> None:
     async def steps(host: Host) -> None:
         registry = host.registry

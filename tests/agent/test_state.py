@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent import state as state_module
 from agent.errors import FailedPrecondition
 from agent.state import MOVES, TERMINAL, Entry, Event, Machine, State
 
@@ -246,6 +247,30 @@ def test_random_events_never_leave_the_legal_moves(events: list[tuple[Event, boo
             assert machine.history == before
     states = [entry.state for entry in machine.history]
     assert all(after in LEGAL[before] for before, after in itertools.pairwise(states))
+
+
+def test_a_long_history_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest detours go; what is left is legal, begins and ends as it did."""
+    monkeypatch.setattr(state_module, "MAX_HISTORY", 12)
+    machine = Machine(0.0)
+    for event in (Event.SEED, Event.SYNC):
+        machine.apply(event, 1.0)
+    rounds = [Event.CONVERGE, Event.DIVERGE, Event.PAUSE, Event.RESUME, Event.CONVERGE]
+    rounds += [Event.PAUSE, Event.RESUME, Event.CONVERGE, Event.CUT_OVER, Event.REFUSE]
+    for at, event in enumerate(rounds * 20, start=2):
+        before = machine.history
+        state = machine.apply(event, float(at))
+        machine.retract()
+        assert machine.history[-1] == before[-1]
+        machine.apply(event, float(at))
+        assert machine.history[-1] == Entry(state, float(at))
+        assert len(machine.history) <= 12
+        assert Machine.restore(machine.history).history == machine.history
+        assert [entry.state for entry in machine.history[:3]] == [
+            State.PENDING,
+            State.SEEDING,
+            State.SYNCING,
+        ]
 
 
 @given(EVENTS)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from native import scan
 from native.bitmap import DirtyBitmap
-from native.blockio import BlockDevice
+from native.blockio import MAX_UNREAD, BlockDevice
 from native.buffer import AlignedBuffer
+from native.chunk import DIGEST_BYTES
 from tests import content, devices
 from tests.devices import FaultyDevice, LoopDevice
 
@@ -99,15 +100,28 @@ class TestDigest:
         self, faulty_device: Callable[..., FaultyDevice], scratch: AlignedBuffer
     ) -> None:
         faulty = faulty_device(4 * MIB)
-        marks = DirtyBitmap(4 * MIB, CHUNK)
         with (
             BlockDevice(faulty.path) as device,
             faulty.failing("pread"),
             pytest.raises(OSError, match="at offset 65536") as caught,
         ):
-            scan.compare(device, CHUNK, CHUNK, scratch, bytes(1024), marks)
+            scan.digest(device, CHUNK, CHUNK, scratch)
         assert (caught.value.errno, caught.value.filename) == (errno.EIO, faulty.path)
-        assert marks.count() == 0
+
+    def test_a_disk_that_fails_everywhere_is_an_error(
+        self, faulty_device: Callable[..., FaultyDevice], scratch: AlignedBuffer
+    ) -> None:
+        """MAX_UNREAD // 4 chunks are marked, as they may differ; the next one is too many."""
+        most = MAX_UNREAD // 4
+        faulty = faulty_device((most + 1) * CHUNK)
+        marks = DirtyBitmap((most + 1) * CHUNK, CHUNK)
+        table = bytes((most + 1) * DIGEST_BYTES)
+        with BlockDevice(faulty.path) as device, faulty.failing("pread"):
+            assert scan.compare(device, 0, most * CHUNK, scratch, table, marks) == most * CHUNK
+            with pytest.raises(OSError, match=f"at offset {most * CHUNK}") as caught:
+                scan.compare(device, 0, (most + 1) * CHUNK, scratch, table, marks)
+        assert (caught.value.errno, caught.value.filename) == (errno.EIO, faulty.path)
+        assert marks.count() == most
 
 
 class TestCompare:

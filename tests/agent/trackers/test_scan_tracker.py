@@ -99,10 +99,11 @@ def test_a_larger_block_than_a_chunk(subject: Subject) -> None:
 
 
 def test_reading_may_fail_and_says_so(resources: object) -> None:
-    with devices.faulty_device(4 * MIB) as faulty, BlockDevice(faulty.path) as device:
+    """A few chunks that cannot be read are marked; a disk that fails everywhere is an error."""
+    with devices.faulty_device(32 * MIB) as faulty, BlockDevice(faulty.path) as device:
         tracker = ScanTracker(device)
         tracker.start()
-        marks = DirtyBitmap(4 * MIB, CHUNK_BYTES)
+        marks = DirtyBitmap(32 * MIB, CHUNK_BYTES)
         with faulty.failing("pread"), pytest.raises(OSError, match="read"):
             tracker.take(marks)
         tracker.take(marks)
