@@ -10,6 +10,8 @@ from pathlib import Path
 
 SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 """Where big scratch files go: memory, if there is any."""
+GUEST_KERNEL = Path(__file__).parents[1] / "build" / "guest-kernel"
+"""Where `make setup` unpacks the kernel of guests."""
 BLKIO = Path("/sys/fs/cgroup/blkio")
 """The v1 hierarchy that throttles disks."""
 
@@ -60,6 +62,17 @@ def _blkio() -> str | None:
     if (BLKIO / "blkio.throttle.write_bps_device").exists():
         return None
     return f"no v1 blkio hierarchy mounted at {BLKIO}"
+
+
+def _guests() -> str | None:
+    for tool in ("qemu-system-x86_64", "busybox", "cc", "sfdisk", "mkfs.ext4", "mkfs.xfs"):
+        if _tool(tool):
+            return _tool(tool)
+    if b"/ld-linux" in Path(shutil.which("busybox") or "").read_bytes():
+        return "busybox is not static (package busybox-static)"
+    if not list(GUEST_KERNEL.glob("boot/vmlinuz-*")):
+        return f"no kernel in {GUEST_KERNEL} (packaging/unpack-kernel)"
+    return _loop()
 
 
 def _direct() -> str | None:
@@ -116,6 +129,7 @@ _CHECKS = {
     "ext4": _ext4,
     "xfs": _xfs,
     "btrfs": _btrfs,
+    "guests": _guests,
     f"O_DIRECT on {SCRATCH}": _direct,
 }
 

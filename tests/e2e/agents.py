@@ -195,15 +195,16 @@ def eventually(
     ask: Callable[[], Any],
     holds: Callable[[Any], bool],
     stop: Callable[[Any], bool] = lambda _: False,
+    seconds: float = SECONDS,
 ) -> Any:
     """Ask again and again until it holds; returns the answer. Fails if it never does."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     while True:
         answer = ask()
         if holds(answer):
             return answer
         assert not stop(answer), f"ended otherwise: {answer}"
-        assert time.monotonic() < deadline, f"not in {SECONDS} s: {answer}"
+        assert time.monotonic() < deadline, f"not in {seconds} s: {answer}"
         time.sleep(POLL_SECONDS)
 
 

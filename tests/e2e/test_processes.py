@@ -12,51 +12,15 @@ import pytest
 
 from tests import content, guest
 from tests.devices import LoopDevice, require
-from tests.e2e import agents, disks
-from tests.e2e.agents import Agent, Pair, eventually
+from tests.e2e import disks
+from tests.e2e.agents import eventually
 from tests.e2e.disks import MIB
+from tests.e2e.hosts import Hosts
 from tests.native.tracking import bpffs
 
 SIZE = 32 * MIB
-CHECKPOINT = 1 * MIB
 MIDDLES = {"SEEDING": ("--bandwidth-limit", "8M"), "SYNCING": ("--max-downtime", "1ms")}
 TRACKERS = ("ebpf", "scan")
-
-
-class Hosts:
-    """Two agents that can be stopped, killed and started again, each on its own port."""
-
-    def __init__(self, directory: Path, pins: Path, stack: ExitStack) -> None:
-        self._directory = directory
-        self._pins = pins
-        self._stack = stack
-        self.source = self._start("source", "127.0.0.1:0")
-        self.target = self._start("target", "127.0.0.1:0")
-
-    @property
-    def pair(self) -> Pair:
-        return Pair(self.source, self.target)
-
-    def _start(self, name: str, listen: str) -> Agent:
-        settings = {"transfer": {"checkpoint_bytes": CHECKPOINT}}
-        running = agents.agent(
-            name, self._directory, self._pins / name, listen=listen, settings=settings
-        )
-        return self._stack.enter_context(running)
-
-    def start(self, name: str) -> Agent:
-        """Start an agent again, where it was."""
-        before: Agent = getattr(self, name)
-        made = self._start(name, before.address)
-        setattr(self, name, made)
-        return made
-
-    def end(self, name: str, number: signal.Signals) -> None:
-        """End an agent; by a signal that it obeys it must end well."""
-        agent: Agent = getattr(self, name)
-        agent.ends_well = False
-        code = agent.stop(number)
-        assert code == (-number if number is signal.SIGKILL else 0), agent.log.read_text()
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Whole virtual machines: QEMU under TCG, moved between two agents while their guests write."""

@@ -1,0 +1,189 @@
+"""Virtual machines that are moved while their guests write: all that was acknowledged is there.
+
+One of them is in `make test`, all in `make test-vm`. docs/guests.md is the table of what is checked.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from tests.devices import LoopDevice
+from tests.e2e import disks
+from tests.e2e.agents import eventually
+from tests.e2e.hosts import Hosts
+from tests.vm.guest import SECONDS, Guest, Setup
+from tests.vm.machine import Machine, Plan
+
+vm = pytest.mark.vm
+pytestmark = pytest.mark.timeout(900)
+
+BUDGET = ("--tracker", "ebpf", "--max-downtime", "20s")
+SLOW = ("--bandwidth-limit", "16M")
+RECORDS = 20
+"""How many a guest writes at least in each part of a test."""
+
+PLANS = {
+    "ext4": Plan(),
+    "ext4-writeback": Plan(cache="writeback", aio="threads"),
+    "ext4-writeback-io_uring": Plan(cache="writeback"),
+    "ext4-native": Plan(aio="native"),
+    "ext4-partition": Plan(partitioned=True),
+    "ext4-two-disks": Plan(disks=2),
+    "xfs": Plan("xfs"),
+    "xfs-writeback": Plan("xfs", cache="writeback", aio="threads"),
+    "xfs-partition": Plan("xfs", partitioned=True),
+    "xfs-two-disks": Plan("xfs", disks=2, cache="writeback"),
+}
+CUT = ("ext4", "ext4-writeback", "ext4-two-disks", "xfs", "xfs-two-disks")
+
+
+def others(names: list[str]) -> list[object]:
+    """Return all parameters, the first as it is and those after it only for `make test-vm`."""
+    return [names[0], *(pytest.param(name, marks=vm) for name in names[1:])]
+
+
+def migrate(hosts: Hosts, machine: Machine, guest: Guest, *words: str) -> str:
+    """Start a migration of a machine that runs, and wait until it may be cut over."""
+    name = hosts.pair.start(*BUDGET, *words, volumes=machine.volumes)
+    converge(hosts, name)
+    # What is written now can only come over by its marks.
+    guest.wait_written(RECORDS)
+    return name
+
+
+def converge(hosts: Hosts, name: str) -> None:
+    """Wait until a migration has converged."""
+    shown = eventually(
+        lambda: hosts.source.show(name),
+        lambda now: now["state"] in ("CONVERGED", "FAILED"),
+        seconds=SECONDS,
+    )
+    assert shown["state"] == "CONVERGED", shown
+    assert shown["suspect_volumes"] == 0, shown
+
+
+def cut_over(hosts: Hosts, machine: Machine, name: str) -> None:
+    """Cut over a machine that is off: both sides are the same, only one can be written."""
+    assert hosts.source.ask("cutover", name, "--force")["state"] == "CUT_OVER"
+    for source, target in machine.volumes:
+        disks.assert_equal(source, target)
+        assert disks.is_fenced(source)
+
+
+def assert_discarded(disk: LoopDevice) -> None:
+    """The guest's discards have come down to the host's device."""
+    name = disk.path.removeprefix("/dev/")
+    with open(f"/sys/block/{name}/stat") as stat:
+        assert int(stat.read().split()[11]) > 0
+
+
+def live_on(machine: Machine, sides: list[LoopDevice]) -> None:
+    """Boot on these disks; the guest finds all it was promised, writes on, ends well."""
+    guest = machine.boot(sides)
+    guest.wait_written(RECORDS)
+    machine.end(guest)
+    machine.check(sides)
+
+
+@pytest.mark.parametrize("plan", others(list(PLANS)))
+def test_a_machine_moves(hosts: Hosts, machines: Callable[..., Machine], plan: str) -> None:
+    machine = machines(plan=PLANS[plan])
+    guest = machine.boot(machine.source)
+    name = migrate(hosts, machine, guest)
+    machine.end(guest)
+    assert_discarded(machine.source[0])
+    cut_over(hosts, machine, name)
+    machine.check(machine.target)
+    live_on(machine, machine.target)
+    assert hosts.source.ask("finish", name)["state"] == "COMPLETED"
+    hosts.pair.tidy()
+    hosts.pair.assert_clean()
+
+
+@vm
+@pytest.mark.parametrize("plan", CUT)
+def test_a_machine_moves_after_a_power_cut(
+    hosts: Hosts, machines: Callable[..., Machine], plan: str
+) -> None:
+    machine = machines(plan=PLANS[plan])
+    guest = machine.boot(machine.source)
+    name = migrate(hosts, machine, guest)
+    machine.end(guest, cut=True)
+    cut_over(hosts, machine, name)
+    live_on(machine, machine.target)  # its journals are replayed there
+    hosts.pair.tidy()
+
+
+@vm
+@pytest.mark.parametrize("has_written", [False, True], ids=["no-disk", "has-written"])
+def test_a_boot_that_fails_is_rolled_back(
+    hosts: Hosts, machines: Callable[..., Machine], has_written: bool
+) -> None:
+    machine = machines()
+    guest = machine.boot(machine.source)
+    name = migrate(hosts, machine, guest)
+    machine.end(guest)
+    cut_over(hosts, machine, name)
+    if has_written:
+        # It was given up there: what it wrote there is not promised, nor may it be found.
+        given_up = machine.boot(machine.target)
+        given_up.wait_written(RECORDS)
+    else:
+        given_up = machine.start(machine.target, Setup(data="nvme9n1"))
+        assert given_up.wait_failed() == "failed mount nvme9n1"
+    given_up.cut_power()
+    assert hosts.source.ask("rollback", name)["state"] == "ROLLED_BACK"
+    guest = machine.boot(machine.source)
+    # And it can be moved again.
+    name = migrate(hosts, machine, guest)
+    machine.end(guest)
+    cut_over(hosts, machine, name)
+    live_on(machine, machine.target)
+    hosts.pair.tidy()
+
+
+@vm
+@pytest.mark.parametrize("state", ["SEEDING", "CONVERGED"])
+@pytest.mark.parametrize("plan", ["ext4-two-disks", "xfs-writeback"])
+def test_the_source_agent_is_killed_in_the_middle(
+    hosts: Hosts, machines: Callable[..., Machine], plan: str, state: str
+) -> None:
+    machine = machines(plan=PLANS[plan])
+    guest = machine.boot(machine.source)
+    words = SLOW if state == "SEEDING" else ()
+    name = hosts.pair.start(*BUDGET, *words, volumes=machine.volumes)
+    hosts.source.wait(name, state, until=lambda now: now["state"] == state and now["bytes_sent"])
+    hosts.end("source", signal.SIGKILL)
+    guest.wait_written(RECORDS)  # the kernel goes on marking
+    hosts.start("source")
+    assert hosts.source.show(name)["resumes"] == 1
+    hosts.source.ask("update", name, "--bandwidth-limit", "0")
+    converge(hosts, name)
+    guest.wait_written(RECORDS)
+    machine.end(guest)
+    cut_over(hosts, machine, name)
+    machine.check(machine.target)
+    live_on(machine, machine.target)
+    hosts.pair.tidy()
+
+
+@vm
+def test_three_machines_at_once(hosts: Hosts, machines: Callable[..., Machine]) -> None:
+    plans = {"a": Plan(), "b": Plan("xfs", cache="writeback"), "c": Plan(disks=2)}
+    all_three = [machines(name, plan) for name, plan in plans.items()]
+    guests = [machine.start(machine.source) for machine in all_three]
+    for guest in guests:
+        guest.wait_written(1)
+    names = [hosts.pair.start(*BUDGET, volumes=machine.volumes) for machine in all_three]
+    for machine, guest, name in zip(all_three, guests, names, strict=True):
+        converge(hosts, name)
+        guest.wait_written(RECORDS)
+        machine.end(guest)
+        cut_over(hosts, machine, name)
+        machine.check(machine.target)
+    for machine in all_three:
+        live_on(machine, machine.target)
+    hosts.pair.tidy()
