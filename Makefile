@@ -5,11 +5,11 @@ BIN    := $(VENV)/bin
 # -qq and no warnings: an index that lacks something, an editable install. Errors are still said.
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install -qq --no-build-isolation
 NATIVE := $(wildcard native/*.pyx native/*.pxd native/*.c native/*.h) $(wildcard protos/warmsync/v1/*.proto)
-C_FILES := $(filter %.c %.h,$(NATIVE)) $(wildcard benchmarks/*.c tests/gauntlet/*.c)
+C_FILES := $(filter %.c %.h,$(NATIVE)) $(wildcard benchmarks/*.c tests/gauntlet/*.c tests/vm/*.c)
 # cython-lint looks for pycodestyle on the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help build setup demo test lint format bench gauntlet breaches sanitize clean
+.PHONY: help build setup demo test test-vm lint format bench gauntlet breaches sanitize clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,9 @@ demo: build ## one warm migration on this host, from a live writer to a byte com
 
 test: setup ## the whole suite
 	$(BIN)/python -m pytest
+
+test-vm: setup ## whole virtual machines under QEMU, moved while they write: docs/guests.md
+	$(BIN)/python -m pytest tests/vm -m ""
 
 lint: setup ## ruff, mypy, cython-lint, clang-format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -47,7 +50,7 @@ sanitize: setup ## the native tests under AddressSanitizer and UndefinedBehavior
 
 build: build/.installed ## install packages, make the virtual environment, build
 
-setup: build/.installed-dev
+setup: build/.installed-dev build/.guest-kernel
 
 $(BIN)/python:
 	@packaging/install-apt packaging/apt-build.txt
@@ -68,6 +71,10 @@ build/.installed-dev: build/.installed packaging/apt-test.txt
 	@packaging/install-apt packaging/apt-test.txt
 	@$(INSTALL) --group dev
 	@touch $@
+
+# Where it cannot be had, setup goes on: the tests of guests are skipped, and say why.
+build/.guest-kernel: packaging/unpack-kernel
+	@mkdir -p build && if packaging/unpack-kernel build/guest-kernel; then touch $@; fi
 
 clean: ## remove what was built
 	rm -rf build $(VENV) *.egg-info native/*.so native/*.bpf.o protos/warmsync/v1/*_pb2*.py protos/warmsync/v1/*_pb2.pyi

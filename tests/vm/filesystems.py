@@ -13,6 +13,11 @@ SIZES = {"ext4": 128 * MIB, "xfs": 320 * MIB}
 """What each kind needs at least: mkfs.xfs makes nothing below 300 MiB."""
 CHECKS = {"ext4": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n")}
 MAKERS = {"ext4": ("mkfs.ext4", "-qF"), "xfs": ("mkfs.xfs", "-qf")}
+DIRTY = {
+    "ext4": (("dumpe2fs", "-h"), "needs_recovery"),
+    "xfs": (("xfs_logprint", "-t"), "state: <DIRTY>"),
+}
+"""What tells whether a journal is to be replayed, and the word for it."""
 START = MIB
 """Where the partition of a partitioned disk begins."""
 
@@ -29,6 +34,13 @@ def check(disk: LoopDevice, kind: str, partitioned: bool) -> None:
     """Raise RuntimeError, with what the checker said, unless the file system is clean."""
     with _part(disk, partitioned) as path:
         devices.run(*CHECKS[kind], path)
+
+
+def is_dirty(disk: LoopDevice, kind: str, partitioned: bool) -> bool:
+    """Whether the file system was not unmounted: its journal is to be replayed."""
+    command, word = DIRTY[kind]
+    with _part(disk, partitioned) as path:
+        return word in devices.run(*command, path)
 
 
 @contextmanager

@@ -12,18 +12,17 @@ import stat
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeAlias
 
 from qemu.qmp import QMPClient
 
-from tests import host
 from tests.e2e.agents import eventually
 from tests.vm.initramfs import Boot
 
 SECONDS = 120.0
-"""How long a guest may take for anything: emulated processors are slow. Nothing is measured with it."""
+"""How long a guest may take for anything, slow as it is; nothing is measured with it."""
 FAILED = re.compile(r"^(?:bad|failed) .*", re.MULTILINE)
 
 Records: TypeAlias = dict[int, str]
@@ -54,19 +53,21 @@ class Drive:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a guest does: a file system's kind, the partitions of data and log, the pace."""
+    """What a guest does: a file system's kind, the partitions of data and log, the pace.
+
+    Each run has a seed of its own, and so writes what no other run has written.
+    """
 
     kind: str = "ext4"
     data: str = "nvme0n1"
     log: str = ""
     pause_ms: int = 10
+    seed: int = 1
 
-    def words(self, seed: int) -> str:
-        """Return the kernel's command line. Each run writes content of its own, by its seed."""
-        return (
-            "console=ttyS0 quiet panic=-1 "
-            f"kind={self.kind} data={self.data} log={self.log} seed={seed} pause_ms={self.pause_ms}"
-        )
+    def words(self) -> str:
+        """Return the kernel's command line; init finds what the kernel does not know there."""
+        ours = {field.name: getattr(self, field.name) for field in fields(self)}
+        return " ".join(["console=ttyS0 quiet panic=-1", *(f"{k}={v}" for k, v in ours.items())])
 
 
 @dataclass(eq=False)
@@ -95,11 +96,17 @@ class Guest:
 
     def found(self) -> Records:
         """Return the records that were on the disk."""
-        return _records("found", self.said())
+        return records_of("found", self.said())
+
+    def size_bytes(self) -> int:
+        """Return the size of the data's file system, as the guest sees it."""
+        size = re.search(r"^size (\d+)$", self.said(), re.MULTILINE)
+        assert size is not None, self.logs()
+        return int(size[1])
 
     def acknowledged(self) -> Records:
         """Return the records that were made durable in this run."""
-        return _records("ack", self.said())
+        return records_of("ack", self.said())
 
     def wait_checked(self) -> None:
         """Wait until the guest has booted and has found its disks well."""
@@ -107,8 +114,8 @@ class Guest:
 
     def wait_failed(self) -> str:
         """Wait until the guest says what is wrong; returns that line."""
-        eventually(self.said, FAILED.search, stop=lambda _: self._has_ended(), seconds=SECONDS)
-        return FAILED.findall(self.said())[0]
+        found = eventually(lambda: FAILED.findall(self.said()), bool, seconds=SECONDS)
+        return str(found[0])
 
     def wait_written(self, count: int) -> None:
         """Wait until the guest has acknowledged so many records more."""
@@ -157,7 +164,7 @@ LIVE: list[Guest] = []
 
 @contextmanager
 def running(
-    name: str, boot: Boot, setup: Setup, drives: Sequence[Drive], seed: int, directory: Path
+    name: str, boot: Boot, setup: Setup, drives: Sequence[Drive], directory: Path
 ) -> Iterator[Guest]:
     """Start a virtual machine; its power is cut at the end of the block if it still runs."""
     directory.mkdir()
@@ -165,7 +172,7 @@ def running(
         (directory / log).touch()
     with (directory / "qemu.log").open("wb") as errors:
         process = subprocess.Popen(
-            _command(boot, setup, drives, seed, directory),
+            _command(boot, setup, drives, directory),
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,
@@ -178,13 +185,11 @@ def running(
         guest.cut_power()
 
 
-def _command(
-    boot: Boot, setup: Setup, drives: Sequence[Drive], seed: int, directory: Path
-) -> list[str]:
+def _command(boot: Boot, setup: Setup, drives: Sequence[Drive], directory: Path) -> list[str]:
     machine = "-accel tcg -cpu max -smp 1 -m 192 -nodefaults -no-user-config -no-reboot"
     words = ["qemu-system-x86_64", *machine.split(), "-display", "none"]
     words += ["-kernel", str(boot.kernel), "-initrd", str(boot.initramfs)]
-    words += ["-append", setup.words(seed)]
+    words += ["-append", setup.words()]
     words += ["-serial", f"file:{directory / 'kernel.log'}"]
     words += ["-serial", f"file:{directory / 'guest.log'}"]
     words += ["-qmp", f"unix:{directory / 'qmp'},server=on,wait=off"]
@@ -192,6 +197,6 @@ def _command(
     return words + [word for number, drive in enumerate(drives, 1) for word in drive.words(number)]
 
 
-def _records(word: str, said: str) -> Records:
+def records_of(word: str, said: str) -> Records:
     lines = re.findall(rf"^{word} (\d+) (\S+)$", said, re.MULTILINE)
     return {int(number): checksum for number, checksum in lines}

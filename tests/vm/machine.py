@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests import devices
 from tests.devices import LoopDevice
+from tests.e2e.disks import soil
 from tests.vm import filesystems
 from tests.vm.guest import Drive, Guest, Records, Setup, running
 from tests.vm.initramfs import Boot
@@ -23,6 +24,8 @@ class Plan:
     partitioned: bool = False
     cache: str = "none"
     aio: str = "io_uring"
+    more_bytes: int = 0
+    """By how much the target's disks are larger."""
 
     @property
     def setup(self) -> Setup:
@@ -45,6 +48,8 @@ class Machine:
     stack: ExitStack
     promised: Records = field(default_factory=dict)
     runs: int = 0
+    size_bytes: int = 0
+    """The size of its file system since its first boot."""
 
     @property
     def volumes(self) -> list[tuple[str, str]]:
@@ -56,14 +61,17 @@ class Machine:
         self.runs += 1
         drives = [Drive(disk.path, self.plan.cache, self.plan.aio) for disk in disks]
         name = f"{self.name}.{self.runs}"
-        words = (self.boot_files, setup or self.plan.setup, drives, self.runs)
-        return self.stack.enter_context(running(name, *words, self.directory / name))
+        setup = replace(setup or self.plan.setup, seed=self.runs)
+        run = running(name, self.boot_files, setup, drives, self.directory / name)
+        return self.stack.enter_context(run)
 
     def boot(self, disks: Sequence[LoopDevice]) -> Guest:
         """Start a run, which must find all that was promised, and go on writing."""
         guest = self.start(disks)
         guest.wait_checked()
         self.assert_kept(guest.found())
+        self.size_bytes = self.size_bytes or guest.size_bytes()
+        assert guest.size_bytes() == self.size_bytes, guest.logs()
         guest.wait_written(1)
         return guest
 
@@ -87,18 +95,25 @@ class Machine:
         self.promised |= guest.acknowledged()
 
     def check(self, disks: Sequence[LoopDevice]) -> None:
-        """Look at the file systems from outside: nothing to repair."""
+        """Look at the file systems from outside: nothing to repair, nothing to replay."""
         for disk in disks:
             filesystems.check(disk, self.plan.kind, self.plan.partitioned)
+            assert not self.is_dirty(disk), disk
+
+    def is_dirty(self, disk: LoopDevice) -> bool:
+        """Whether a disk's file system waits for the replay of its journal."""
+        return filesystems.is_dirty(disk, self.plan.kind, self.plan.partitioned)
 
 
 def machine(name: str, plan: Plan, boot: Boot, directory: Path, stack: ExitStack) -> Machine:
-    """Make a machine with new disks, those of the target as large and full of something else."""
+    """Make a machine with new disks; those of the target hold something else."""
     size = filesystems.SIZES[plan.kind]
     source, target = (
-        [stack.enter_context(devices.loop_device(size)) for _ in range(plan.disks)]
-        for _ in range(2)
+        [stack.enter_context(devices.loop_device(size + more)) for _ in range(plan.disks)]
+        for more in (0, plan.more_bytes)
     )
     for disk in source:
         filesystems.make(disk, plan.kind, plan.partitioned)
+    for disk in target:
+        soil(disk.path, seed=1)
     return Machine(name, plan, boot, directory, source, target, stack)
