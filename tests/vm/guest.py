@@ -29,9 +29,9 @@ Records: TypeAlias = dict[int, str]
 """The checksums of records by their numbers."""
 
 
-# QEMU 7.2's NVMe now and then stops to answer under a busy host (an idle QEMU, a guest that waits):
-# seen in about one boot of sixty, without any agent near. The guest's driver resets it after two
-# timeouts, which are 30 s each by default. Warnings of the kernel, such as this one, are in its log.
+# Three boots of some 230 on a busy host hung, two with no agent near: the guest waits for
+# its drive, QEMU 7.2 is idle. Why is not known. The driver aborts and resets after timeouts,
+# of 30 s by default. Such warnings of the kernel are in its log.
 KERNEL = "console=ttyS0 loglevel=5 panic=-1 nvme_core.io_timeout=10"
 
 
