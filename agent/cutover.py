@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, replace
 
-from agent.certificate import Certificate
+from agent.certificate import Certificate, verify
 from agent.disk import SourceDisk, not_quiesced
 from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
 from agent.migration import DowntimeParts, Role
@@ -135,7 +135,7 @@ class Cutover:
                 theirs = await self._peer.release(
                     self._token(), self._sender.generation, signed, signature
                 )
-                self.certificate = Certificate(statement, (signature, theirs))
+                self._keep(Certificate(statement, (signature, theirs)))
                 return
             except Unavailable as error:
                 if time.monotonic() > deadline:
@@ -145,6 +145,14 @@ class Cutover:
                 self.releasing = False  # the target answered: it has not been released
                 raise
             await asyncio.sleep(_RETRY_SECONDS)
+
+    def _keep(self, certificate: Certificate) -> None:
+        """The target owns, whatever it has signed; a certificate that does not hold is none."""
+        try:
+            verify(certificate, {})
+            self.certificate = certificate
+        except WarmsyncError as error:
+            _log.error('no certificate reason="%s"', error)
 
     def _note(self, part: str, *, minus_seconds: float = 0.0) -> None:
         now = time.monotonic()

@@ -12,7 +12,7 @@ import time
 
 from agent.device import io_error
 from agent.disk import SourceDisk
-from agent.errors import DataLoss
+from agent.errors import DataLoss, FailedPrecondition
 from agent.migration import Depth, Plan
 from agent.peer import Peer, Proof, TargetProof
 from agent.prover import Prover
@@ -86,6 +86,12 @@ class SourceProof:
         return tuple(Proof(*one) for one in await self._prover.ask(question))
 
     def _compare(self, own: tuple[Proof, ...], theirs: TargetProof) -> None:
+        if len(theirs.volumes) != len(own):
+            raise FailedPrecondition(
+                "PROTOCOL_MISMATCH",
+                f"the target has proved {len(theirs.volumes)} volumes, not {len(own)}; run the "
+                "same version of warmsync on both hosts",
+            )
         for disk, one, other in zip(self._sender.disks, own, theirs.volumes, strict=True):
             if one != other:
                 raise DataLoss(

@@ -416,6 +416,10 @@ class SourceMigration:
         except NotFound:
             await self._reopen()
             return
+        except FailedPrecondition as error:
+            if error.reason == "SOURCE_FAILED" and self.state is State.CUTTING_OVER:
+                await self._stay_owner()  # it has ended there, and was not released
+            raise
         except Unavailable as error:
             if error.reason == "SOURCE_LOST":  # it has given us up: no other try will help
                 raise FailedPrecondition("SOURCE_LOST", str(error)) from error

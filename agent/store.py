@@ -79,7 +79,8 @@ class Store:
         """Remove the files; memory that is still mapped stays good."""
         if self._directory is not None:
             for path in self._directory.glob(f"{self._prefix}.*"):
-                path.unlink(missing_ok=True)
+                if path.stem == self._prefix:  # not those of an id that begins like ours
+                    path.unlink(missing_ok=True)
 
     def _path(self, directory: Path, name: str) -> Path:
         return directory / f"{self._prefix}.{name}"

@@ -501,6 +501,20 @@ class TargetSession:
         """Whether nothing will be received any more."""
         return self.state.is_terminal or self.state is State.CUT_OVER
 
+    def abandon(self) -> None:
+        """Give up a session whose source is away: its agent may have lost its state for good.
+
+        FailedPrecondition NOT_THE_SOURCE while the source is connected, and after the release.
+        """
+        if self.is_over or self._streaming:
+            raise FailedPrecondition(
+                "NOT_THE_SOURCE",
+                f"this agent is the target of migration {self.id}, and its source is connected, or "
+                "it has ended; ask the agent of its source",
+                id=self.id,
+            )
+        self.abort("cancelled at the target", cancelled=True)
+
     def give_up(self, error: WarmsyncError) -> None:
         """End it with an error."""
         self._fail(error)

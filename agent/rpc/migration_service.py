@@ -17,6 +17,7 @@ from warmsync.v1 import migration_service_pb2 as pb
 from agent.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from agent.registry import Registry, Source
 from agent.rpc.convert import id_of, to_comparison, to_message, to_plan
+from agent.target import TargetSession
 
 WATCH_SECONDS = 0.1
 """Least time between two messages of a watch, so that progress does not flood the controller."""
@@ -153,6 +154,10 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
         self, request: pb.CancelMigrationRequest, context: Any
     ) -> migration_pb2.Migration:
         """Stop and release the target, marked incomplete."""
+        end = self._registry.get(id_of(request.name))
+        if isinstance(end, TargetSession):
+            end.abandon()
+            return to_message(end.snapshot())
         return await self._finish(request.name, "cancel")
 
     async def CutOverMigration(

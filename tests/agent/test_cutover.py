@@ -358,7 +358,7 @@ def test_both_sign_what_was_proved(end: Source) -> None:
 def test_a_proof_that_fails_hands_nothing_over(end: Source) -> None:
     async def main() -> None:
         cutover = await seeded(end)
-        end.peer.proofs = (Proof(0, b"another"),)
+        end.peer.proofs = (Proof(0, b""), Proof(0, b"another"))
         assert (await refusal(cutover)).reason == "COPIES_DIFFER"
         assert releases(end) == []
 

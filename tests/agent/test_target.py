@@ -551,3 +551,17 @@ def test_another_target_in_its_place_has_nothing(target: Path) -> None:
             await registry.close()
 
     run(main)
+
+
+def test_a_session_whose_source_is_away_can_be_given_up(source: Path, target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        stream = session.begin_stream()
+        assert refused(session.abandon) == "NOT_THE_SOURCE"
+        await receive(session, source)
+        session.end_stream(None, stream)
+        session.abandon()
+        assert_state(session, State.CANCELLED)
+        assert not is_claimed(target)
+        assert refused(session.abandon) == "NOT_THE_SOURCE"
+
+    trial(target, steps)
