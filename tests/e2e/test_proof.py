@@ -17,7 +17,7 @@ from tests.devices import LoopDevice, require
 from tests.e2e import agents, disks
 from tests.e2e.agents import Agent, Answer, Pair
 from tests.e2e.disks import MIB
-from tests.e2e.test_processes import Hosts
+from tests.e2e.hosts import Hosts
 from tests.native.tracking import bpffs
 
 SIZE = 16 * MIB + 4096
