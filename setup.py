@@ -41,11 +41,12 @@ KERNELS = {
         *CHUNK,
     ],
     "scan": ["scan_impl.c", *BITMAP, *BLOCKIO, *CHUNK],
+    "nbd": ["nbd_impl.c", "nbd_wire.c", "nbd_status.c", *BITMAP],
 }
 C_FLAGS = ["-std=gnu11", "-O3", "-g1", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 # Cython's own output, not ours, trips these.
 C_FLAGS += ["-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno-unused-function"]
-LIBRARIES = {"ebpf": ["bpf"], "stream": ["ssl", "crypto", "uring", "zstd"]}
+LIBRARIES = {"ebpf": ["bpf"], "nbd": ["nbd"], "stream": ["ssl", "crypto", "uring", "zstd"]}
 LINK_FLAGS: list[str] = []
 if SANITIZE:
     C_FLAGS += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -65,6 +66,9 @@ def extensions() -> list[Extension]:
         kernels["ebpf"] = ["ebpf_impl.c"]
     else:
         sys.stderr.write("warmsync: no clang or libbpf-dev: built without the ebpf tracker\n")
+    if not Path("/usr/include/libnbd.h").exists():
+        sys.stderr.write("warmsync: no libnbd-dev: built without the qemu tracker\n")
+        del kernels["nbd"]
     return [
         Extension(
             f"native.{name}",

@@ -21,6 +21,8 @@ from agent.units import parse_rate
 
 _WILDCARDS = frozenset("*?[")
 _DEVICES = "/dev/"
+_MAX_RUN_DIR = 70
+"""The path of a Unix socket has 107 bytes (unix(7)); our names in there take 33."""
 _OPEN_TO_ALL = ("/dev/shm/", "/dev/mqueue/")
 """Directories under /dev in which anybody may make names."""
 
@@ -60,6 +62,15 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QemuConfig:
+    """Which QEMUs the agent may talk to: patterns of QMP sockets, and of NBD servers' sockets."""
+
+    sockets: tuple[str, ...] = ()
+    nbd_sockets: tuple[str, ...] = ()
+    run_dir: str = "/run/warmsync"
+
+
+@dataclass(frozen=True, slots=True)
 class AgentConfig:
     """All settings of one agent."""
 
@@ -71,6 +82,7 @@ class AgentConfig:
     tls: TlsConfig = field(default_factory=TlsConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    qemu: QemuConfig = field(default_factory=QemuConfig)
 
     def merged(
         self,
@@ -145,9 +157,14 @@ def validate(config: AgentConfig) -> None:
     for key, patterns in (
         ("allow_devices", config.allow_devices),
         ("allow_cgroups", config.allow_cgroups),
+        ("qemu.sockets", config.qemu.sockets),
+        ("qemu.nbd_sockets", config.qemu.nbd_sockets),
     ):
         for pattern in patterns:
             _check_pattern(key, pattern)
+    if not config.qemu.run_dir.startswith("/") or len(config.qemu.run_dir) > _MAX_RUN_DIR:
+        mend = f"is not absolute, or longer than {_MAX_RUN_DIR}: sockets have short paths"
+        raise _invalid("qemu.run_dir", config.qemu.run_dir, mend)
     _check_range("transfer.read_ahead_frames", config.transfer.read_ahead_frames, 1, 1024)
     _check_range("transfer.threads", config.transfer.threads, 1, 256)
     _check_range("transfer.connections", config.transfer.connections, 1, 64)
@@ -258,6 +275,7 @@ _KEYS: Mapping[str, Reader] = {
         data_port=_number,
         checkpoint_bytes=_number,
     ),
+    "qemu": _section(QemuConfig, sockets=_texts, nbd_sockets=_texts, run_dir=_text),
     "limits": _section(_limits, max_migrations=_number, max_watches=_number, bandwidth=_rate),
 }
 

@@ -139,7 +139,8 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _services(config: AgentConfig, registry: Registry) -> list[Service]:
-    host = HostServicer(registry, Path(config.state_dir), config.allow_devices)
+    state_dir, sockets = Path(config.state_dir), config.qemu.sockets
+    host = HostServicer(registry, state_dir, config.allow_devices, sockets)
     migrations, peers = MigrationServicer(registry), PeerServicer(registry)
 
     def add_host(server: grpc.aio.Server) -> None:

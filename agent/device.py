@@ -10,6 +10,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from agent.config import is_allowed
 from agent.errors import (
@@ -31,6 +32,20 @@ LEAST_DATA_BYTES = 256 * 1024
 SECTOR_BYTES = 512
 _SYS_BLOCK = Path("/sys/dev/block")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A device that is no file of the kernel's and knows itself what it is."""
+
+    def identities(self) -> tuple[Identity, ...]:
+        """Return what it really is, so that two names of one thing are noticed."""
+
+    def key(self) -> tuple[int, int, int]:
+        """Return what it is on this boot."""
+
+    def obstacle(self) -> str:
+        """Return why it is still in use; empty if nothing says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +214,8 @@ def map_data(device: BlockDevice, size_bytes: int, block_size_bytes: int) -> Dir
 
 def device_key(device: BlockDevice) -> tuple[int, int, int]:
     """Return what a device is on this boot: major, minor and disk sequence; or which file it is."""
+    if isinstance(device, Described):
+        return device.key()
     status = os.fstat(device.fileno())
     if not device.is_block_device:
         return status.st_dev, status.st_ino, 0

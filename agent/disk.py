@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.device import (
+    Described,
     count_writes,
     device_key,
     identities,
@@ -25,6 +26,7 @@ from agent.device import (
 from agent.errors import FailedPrecondition, InvalidArgument, WarmsyncError
 from agent.heat import Heat
 from agent.migration import Depth, Identity, Scheme, Volume
+from agent.qemu.access import Seat
 from agent.store import Store
 from agent.tracker import Take, Tracker, has_mark
 from agent.tracker.choice import fit_block, make_tracker
@@ -51,9 +53,12 @@ class OpenSource:
     identities: tuple[Identity, ...]
 
 
-def open_source(volume: Volume, allowed: tuple[str, ...]) -> OpenSource:
-    """Open a source for reading. The domain's errors; nothing is left open if it fails."""
-    device = open_device(volume.source, allowed)
+def open_source(volume: Volume, allowed: tuple[str, ...], seat: Seat | None = None) -> OpenSource:
+    """Open a source for reading, with a `seat` as a disk of a QEMU.
+
+    The domain's errors; nothing is left open if it fails.
+    """
+    device = _open(volume.source, allowed, seat)
     try:
         size_bytes = device.size_bytes()
         if size_bytes == 0:
@@ -63,10 +68,30 @@ def open_source(volume: Volume, allowed: tuple[str, ...]) -> OpenSource:
         if device.is_block_device and device.is_read_only():
             _log.warning("source is read-only already path=%s", volume.source)
         sized = Volume(volume.source, volume.target, size_bytes, 0)
-        return OpenSource(sized, device, identities(volume.source))
+        return OpenSource(sized, device, _identify(volume.source, device))
     except BaseException:
         device.close()
         raise
+
+
+def _open(source: str, allowed: tuple[str, ...], seat: Seat | None) -> BlockDevice:
+    if seat is None:
+        return open_device(source, allowed)
+    try:
+        from agent.qemu.device import open_qemu
+    except ImportError as error:
+        raise FailedPrecondition(
+            "TRACKER_UNAVAILABLE",
+            f"this build has no qemu tracker ({error}); install libnbd-dev and build again, "
+            "or use --tracker scan",
+            tracker=Scheme.QEMU,
+        ) from error
+    return open_qemu(source, allowed, seat)
+
+
+def _identify(source: str, device: BlockDevice) -> tuple[Identity, ...]:
+    """Return what a source is; a disk without a file is known by its QEMU's name for it."""
+    return device.identities() if isinstance(device, Described) else identities(source)
 
 
 class SourceDisk:
@@ -200,7 +225,10 @@ class SourceDisk:
 
     def map_data(self) -> DirtyBitmap:
         """Return what may hold data; all else reads as zeros. Asked after tracking has started."""
-        return map_data(self.device, self.volume.size_bytes, self.volume.block_size_bytes)
+        try:
+            return map_data(self.device, self.volume.size_bytes, self.volume.block_size_bytes)
+        except OSError as error:
+            raise io_error("source", error) from error
 
     def take(self, *, flush: bool, at_seconds: float) -> Take:
         """Move the tracker's marks into `pending`; `flush`: after what is buffered passed it.
@@ -322,7 +350,9 @@ class SourceDisk:
             raise io_error("source", error) from error
 
     def look(self) -> int:
-        """Return the bytes marked since the last take."""
+        """Return the bytes marked since the last take. NOT_QUIESCED if a QEMU runs its guest."""
+        if isinstance(self.device, Described):
+            self.check_unclaimed()
         try:
             return self.tracker.look()
         except OSError as error:
@@ -347,7 +377,11 @@ class SourceDisk:
 
     def check_unclaimed(self) -> None:
         """Raise FailedPrecondition if the device is mounted or held: the guest still has it."""
-        if is_claimed(self.volume.source):
+        if isinstance(self.device, Described):
+            detail = self.device.obstacle()
+            if detail:
+                raise not_quiesced(self.volume.source, detail)
+        elif is_claimed(self.volume.source):
             raise not_quiesced(self.volume.source, "it is mounted or held by another device")
 
     def fence(self) -> None:

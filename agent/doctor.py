@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ MEMLOCK_FREE_KERNEL = (5, 11)
 OPEN_FILES = 4096
 CAP_SYS_ADMIN = 21
 BPFFS = "/sys/fs/bpf"
+_QMP_SECONDS = 1.0
 
 
 class Verdict(StrEnum):
@@ -58,6 +60,7 @@ class Host:
     sys: Path = Path("/sys")
     release: str = platform.release()
     dev: Path = Path("/dev")
+    qmp_sockets: tuple[str, ...] = ()
 
 
 def examine(host: Host) -> list[Check]:
@@ -115,6 +118,38 @@ def check_ebpf(_host: Host) -> Check:
         return Check("ebpf", Verdict.OK, "programs load")
     mend = "see the checks kernel, btf and privileges, or use --tracker scan"
     return Check("ebpf", Verdict.WARNING, " ".join(obstacle.split()), mend)
+
+
+def check_qemu(_host: Host) -> Check:
+    """Look for what the qemu tracker needs."""
+    try:
+        from native import nbd
+    except ImportError as error:
+        mend = "install libnbd-dev, then build again (make build)"
+        return Check("qemu", Verdict.WARNING, f"not part of this build ({error})", mend)
+    tools = ("qemu-storage-daemon", "qemu-img")
+    lacking = [tool for tool in tools if shutil.which(tool) is None]
+    if not lacking:
+        return Check("qemu", Verdict.OK, f"libnbd ({nbd.version()}), {' and '.join(tools)}")
+    finding = f"no {', no '.join(lacking)}: a disk whose QEMU has exited cannot be cut over"
+    return Check("qemu", Verdict.WARNING, finding, "install qemu-utils")
+
+
+def check_qmp(host: Host) -> Check:
+    """Say hello to each QMP socket that the configuration names."""
+    if not host.qmp_sockets:
+        return Check("qmp", Verdict.OK, "no QMP sockets configured: no qemu tracker")
+    from agent.qemu.access import Access
+    from agent.qemu.monitor import find_silent
+
+    access = Access(host.qmp_sockets, (), host.state_dir, "")
+    sockets = access.find_sockets()
+    silent = find_silent(sockets, _QMP_SECONDS)
+    if not silent:
+        return Check("qmp", Verdict.OK, f"{len(sockets)} QMP sockets answer")
+    finding = f"{len(silent)} of {len(sockets)} QMP sockets do not answer, {silent[0]} among them"
+    mend = "give the agent QMP sockets of its own; remove those that a QEMU has left behind"
+    return Check("qmp", Verdict.WARNING, finding, mend)
 
 
 def check_state_dir(host: Host) -> Check:
@@ -240,6 +275,8 @@ CHECKS: tuple[Callable[[Host], Check], ...] = (
     check_privileges,
     check_bpffs,
     check_ebpf,
+    check_qemu,
+    check_qmp,
     check_state_dir,
     check_identity,
     check_direct_io,

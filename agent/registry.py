@@ -46,6 +46,7 @@ from agent.migration import (
     check_plan,
 )
 from agent.peer import Peer, SessionRequest, session_token
+from agent.qemu.access import Access, Seat
 from agent.record import SourceRecord, TargetRecord, dump, load_source, load_target
 from agent.sender import Workshop
 from agent.signer import Signer
@@ -104,6 +105,8 @@ class Registry:
         self._pins = Path(config.bpffs_dir) / digest[:12]
         self._volumes = Path(config.state_dir) / "volumes"
         self._digests = Path(config.state_dir) / "targets"
+        qemu = config.qemu
+        self._qemus = Access(qemu.sockets, qemu.nbd_sockets, Path(qemu.run_dir), digest[:12])
         self._journal = Journal(Path(config.state_dir))
         self._written: dict[str, SourceRecord] = {}
         self._telling: set[asyncio.Task[None]] = set()
@@ -197,6 +200,7 @@ class Registry:
         going_on = self._tracked()
         for name in remove_stale(self._pins, going_on):
             _log.warning("removed a tracker that an earlier agent left behind name=%s", name)
+        self._tidy_qemus(going_on)
         open_sessions = {
             f"{one.id}-{i}"
             for one in self._targets.values()
@@ -207,6 +211,20 @@ class Registry:
             for path in directory.glob("*"):
                 if path.stem not in wanted:
                     path.unlink()
+
+    def _tidy_qemus(self, going_on: Container[str]) -> None:
+        """Remove what an earlier agent has left in QEMUs, and in images whose QEMU has ended."""
+        notes = [path for path in self._volumes.glob("*.qemu") if path.stem not in going_on]
+        if not (self._qemus.sockets or notes):
+            return
+        try:
+            from agent.qemu.tidy import tidy
+        except ImportError as error:
+            _log.error('QEMUs not tidied up: this build has no qemu tracker reason="%s"', error)
+            return
+        ended = [Seat(self._qemus, path.stem, path) for path in notes]
+        for name in tidy(self._qemus, going_on, ended):
+            _log.warning("removed what an earlier agent left in a QEMU name=%s", name)
 
     def _tracked(self) -> set[str]:
         going_on = [one for one in self._sources.values() if isinstance(one, SourceMigration)]
@@ -280,7 +298,8 @@ class Registry:
         suspect = ""
         try:
             for i, volume in enumerate(plan.volumes):
-                source = open_source(volume, self.config.allow_devices)
+                seat = self._seat(record.scheme, plan.id, i)
+                source = open_source(volume, self.config.allow_devices, seat)
                 disk = self._make_disk(source, record.scheme, plan, i)
                 disks.append(disk)
                 if record.releasing or not owns:
@@ -318,6 +337,12 @@ class Registry:
         except WarmsyncError as error:
             _log.warning('the guest cannot be slowed any more id=%s reason="%s"', plan.id, error)
             return None
+
+    def _seat(self, scheme: Scheme, name: str, index: int) -> Seat | None:
+        if scheme is not Scheme.QEMU:
+            return None
+        volume = f"{name}-{index}"
+        return Seat(self._qemus, volume, self._volumes / f"{volume}.qemu")
 
     def _make_disk(self, source: OpenSource, scheme: Scheme, plan: Plan, index: int) -> SourceDisk:
         name = f"{plan.id}-{index}"
@@ -493,9 +518,9 @@ class Registry:
     async def _open_sources(self, plan: Plan) -> list[OpenSource]:
         sources: list[OpenSource] = []
         try:
-            for volume in plan.volumes:
-                allowed = self.config.allow_devices
-                sources.append(await asyncio.to_thread(open_source, volume, allowed))
+            for i, volume in enumerate(plan.volumes):
+                allowed, seat = self.config.allow_devices, self._seat(plan.scheme, plan.id, i)
+                sources.append(await asyncio.to_thread(open_source, volume, allowed, seat))
                 _check_disjoint(sources)
         except BaseException:
             for source in sources:

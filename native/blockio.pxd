@@ -5,7 +5,10 @@ cdef extern from "blockio_impl.h" nogil:
     enum:
         WS_ZERO_PUNCH
         WS_ZERO_ZEROOUT
+    struct ws_remote:
+        uint64_t size
     struct ws_device:
+        ws_remote *remote
         int fd
         int tail_fd
         bint is_block

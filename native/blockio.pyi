@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import NamedTuple
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, Self
 
 MAX_UNREAD: int
 """Bad places that one round gets around; a device with more fails as a whole."""
@@ -98,7 +98,7 @@ class BlockDevice:
         """
     def close(self) -> None:
         """Close. A call still running in another thread ends first, and closes the device then."""
-    def __enter__(self) -> BlockDevice: ...
+    def __enter__(self) -> Self: ...
     def __exit__(
         self,
         kind: type[BaseException] | None,

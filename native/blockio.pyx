@@ -45,9 +45,14 @@ Unread = namedtuple("Unread", ("volume", "offset_bytes", "length_bytes", "errno"
 cdef class BlockDevice:
     """An open block device or regular file, read and written with O_DIRECT."""
 
-    def __cinit__(self, path, *, bint writable=False, bint exclusive=False):
-        # What __dealloc__ closes if anything below raises.
+    def __cinit__(self, *_args, **_flags):
+        # What __dealloc__ closes if nothing is opened.
         self.device.fd = self.device.tail_fd = -1
+        self.device.logical = SECTOR_BYTES
+
+    def __init__(self, path, *, bint writable=False, bint exclusive=False):
+        if self.path is not None:
+            raise TypeError(f"{self.path} is open already")
         self.path = os.fspath(path)
         self.writable = writable
         cdef bytes name = os.fsencode(self.path)

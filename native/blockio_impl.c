@@ -10,6 +10,10 @@
 
 int ws_dev_size(const struct ws_device *dev, uint64_t *size) {
     struct stat status;
+    if (dev->remote != NULL) {
+        *size = dev->remote->size;
+        return 0;
+    }
     if (dev->is_block)
         return ioctl(dev->fd, BLKGETSIZE64, size) == 0 ? 0 : -errno;
     if (fstat(dev->fd, &status) != 0)
@@ -71,6 +75,10 @@ static int transfer(const struct ws_device *dev, bool write, char *data, uint64_
         return rc;
     if (dev->is_direct && (uintptr_t)data % dev->memory_align != 0)
         return -EINVAL;
+    if (dev->remote != NULL) {
+        struct ws_piece piece = {offset, length, data};
+        return write ? -EROFS : dev->remote->read(dev->remote, &piece, 1, why);
+    }
     return ws_dev_move(dev, write, data, offset, length, why);
 }
 
@@ -84,9 +92,33 @@ int ws_dev_write(const struct ws_device *dev, const void *data, uint64_t offset,
     return transfer(dev, true, (char *)data, offset, length, why);
 }
 
+#define PIECES 64u
+
+/* A round trip for each range would take long: many are asked for at once. */
+static int read_remote(const struct ws_device *dev, const uint64_t *pairs, size_t count, char *data,
+                       struct ws_attempt *why) {
+    struct ws_piece pieces[PIECES];
+    for (size_t i = 0; i < count;) {
+        size_t some = 0;
+        for (; i < count && some < PIECES; i++) {
+            int rc = ws_dev_begin(dev, "read", pairs[2 * i], pairs[2 * i + 1], why);
+            if (rc != 0)
+                return rc;
+            pieces[some++] = (struct ws_piece){pairs[2 * i], pairs[2 * i + 1], data};
+            data += pairs[2 * i + 1];
+        }
+        int rc = dev->remote->read(dev->remote, pieces, some, why);
+        if (rc != 0)
+            return rc;
+    }
+    return 0;
+}
+
 /* Neighbours are moved together: their bytes are neighbours in memory too. */
 static int batch(const struct ws_device *dev, bool write, const uint64_t *pairs, size_t count,
                  char *data, struct ws_attempt *why) {
+    if (dev->remote != NULL && !write)
+        return read_remote(dev, pairs, count, data, why);
     for (size_t i = 0; i < count;) {
         uint64_t offset = pairs[2 * i], length = pairs[2 * i + 1];
         for (i++; i < count && pairs[2 * i] == offset + length; i++)
@@ -111,6 +143,8 @@ int ws_dev_write_batch(const struct ws_device *dev, const uint64_t *pairs, size_
 
 int ws_dev_flush(const struct ws_device *dev, struct ws_attempt *why) {
     *why = (struct ws_attempt){"flush", 0, 0, 0};
+    if (dev->remote != NULL) /* nothing is written here, and its server sees each write */
+        return 0;
     while (fsync(dev->fd) != 0)
         if (errno != EINTR)
             return -errno;

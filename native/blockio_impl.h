@@ -14,8 +14,28 @@
 #define WS_ZERO_PUNCH 1u
 #define WS_ZERO_ZEROOUT 2u
 
+struct ws_attempt;
+
+/* A range of the device and its bytes in memory. */
+struct ws_piece {
+    uint64_t offset;
+    uint64_t length;
+    char *data;
+};
+
+/* Bytes that no descriptor of ours shows, such as an NBD export: read-only. */
+struct ws_remote {
+    /* Read all pieces, at once if that can be. 0, or -errno with `failed_at`. Thread-safe. */
+    int (*read)(struct ws_remote *remote, const struct ws_piece *pieces, size_t count,
+                struct ws_attempt *why);
+    /* Free it. */
+    void (*close)(struct ws_remote *remote);
+    _Atomic uint64_t size;
+};
+
 struct ws_device {
-    int fd;      /* O_DIRECT where is_direct */
+    struct ws_remote *remote; /* NULL: all goes through `fd` */
+    int fd;                   /* O_DIRECT where is_direct */
     int tail_fd; /* the same file, buffered, for its last, short page; -1 where fd serves for all */
     bool is_block;
     bool is_direct;

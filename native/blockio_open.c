@@ -148,6 +148,9 @@ int ws_dev_open(struct ws_device *dev, const char *path, bool writable, bool exc
 
 /* Errors of close() are those of writes not flushed, and flush() has reported them. */
 void ws_dev_close(struct ws_device *dev) {
+    if (dev->remote != NULL)
+        dev->remote->close(dev->remote);
+    dev->remote = NULL;
     if (dev->tail_fd >= 0)
         close(dev->tail_fd);
     if (dev->fd >= 0)

@@ -77,6 +77,8 @@ int ws_ring_move(struct ws_ring *ring, const struct ws_device *dev, bool write,
         rc = ws_dev_begin(dev, write ? "write" : "read", pieces[i].offset, pieces[i].length, why);
         if (rc != 0)
             break;
+        if (dev->remote != NULL) /* all at once, below */
+            continue;
         if (ring == NULL || count == 1 || !fits(dev, &pieces[i])) {
             rc = move_one(dev, write, &pieces[i], why);
             continue;
@@ -96,6 +98,8 @@ int ws_ring_move(struct ws_ring *ring, const struct ws_device *dev, bool write,
         running -=
             reap(ring, dev, write, running < WS_RING_DEPTH ? 0 : WS_RING_DEPTH / 2, &rc, why);
     }
+    if (dev->remote != NULL && rc == 0)
+        rc = write ? -EROFS : dev->remote->read(dev->remote, pieces, count, why);
     while (queued > 0 || running > 0) {
         int taken = queued > 0 ? io_uring_submit(&ring->uring) : 0;
         if (taken > 0) {

@@ -16,13 +16,6 @@ struct ws_ring;
 struct ws_ring *ws_ring_new(void);
 void ws_ring_free(struct ws_ring *ring);
 
-/* A range of the device and its bytes in memory. */
-struct ws_piece {
-    uint64_t offset;
-    uint64_t length;
-    char *data;
-};
-
 /* Move all pieces (disjoint ranges), in any order. 0, or -errno with `why` as ws_dev_read() and
  * ws_dev_write() say it, which also do whatever a ring cannot (a file's short last page). Nothing
  * is under way any more when it returns. `ring` may be NULL. */

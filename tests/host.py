@@ -52,6 +52,17 @@ def _nbdkit() -> str | None:
     return _tool("nbdkit") or _tool("nbdfuse") or _tool("fusermount3")
 
 
+def _qemu() -> str | None:
+    if not Path("/dev/fuse").exists():
+        return "no /dev/fuse"
+    tools = ("qemu-storage-daemon", "qemu-img", "nbdfuse", "fusermount3")
+    return next((lack for lack in map(_tool, tools) if lack), None)
+
+
+def _machine() -> str | None:
+    return _tool("qemu-system-x86_64")
+
+
 def _fio() -> str | None:
     return _tool("fio")
 
@@ -124,6 +135,8 @@ _CHECKS = {
     "bpf": _bpf,
     "nbdkit": _nbdkit,
     "fio": _fio,
+    "qemu": _qemu,
+    "qemu-system": _machine,
     "blkio": _blkio,
     "fuse": _fuse,
     "ext4": _ext4,

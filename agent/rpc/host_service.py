@@ -33,9 +33,15 @@ class Totaled(Protocol):
 class HostServicer(host_service_pb2_grpc.HostServiceServicer):
     """Serves the doctor's findings, the totals and the devices."""
 
-    def __init__(self, registry: Totaled, state_dir: Path, allowed: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        registry: Totaled,
+        state_dir: Path,
+        allowed: tuple[str, ...],
+        qmp_sockets: tuple[str, ...] = (),
+    ) -> None:
         self._registry = registry
-        self._host = doctor.Host(state_dir)
+        self._host = doctor.Host(state_dir, qmp_sockets=qmp_sockets)
         self._allowed = allowed
 
     async def GetHost(self, request: Any, context: Any) -> host_service_pb2.GetHostResponse:  # noqa: ARG002, N802

@@ -6,7 +6,7 @@ import os
 from collections.abc import Container
 from pathlib import Path
 
-from agent.errors import FailedPrecondition, InvalidArgument
+from agent.errors import FailedPrecondition
 from agent.migration import Scheme
 from agent.store import Store
 from agent.tracker import Tracker
@@ -21,13 +21,7 @@ def choose_scheme(scheme: Scheme, devices: list[BlockDevice]) -> tuple[Scheme, s
 
     `auto` is ebpf if every device is a block device and this host can load the programs.
     """
-    if scheme is Scheme.QEMU:
-        raise InvalidArgument(
-            "TRACKER_UNAVAILABLE",
-            "tracker qemu is not part of this version; use ebpf for block devices or scan",
-            tracker=scheme,
-        )
-    if scheme is Scheme.SCAN:
+    if scheme in (Scheme.SCAN, Scheme.QEMU):
         return scheme, ""
     files = [device.path for device in devices if not device.is_block_device]
     if scheme is Scheme.AUTO and files:
@@ -84,6 +78,13 @@ def make_tracker(
     """Return a tracker, not yet started."""
     if scheme is Scheme.SCAN:
         return ScanTracker(device, store)
+    if scheme is Scheme.QEMU:
+        from agent.qemu.device import QemuDevice
+        from agent.tracker.qemu import QemuTracker
+
+        if not isinstance(device, QemuDevice):
+            raise TypeError(f"{device.path} was not opened as a disk of a QEMU")
+        return QemuTracker(device, block_size_bytes)
     from agent.tracker.ebpf import EbpfTracker
 
     return EbpfTracker(device, block_size_bytes, pin_dir)

@@ -11,6 +11,7 @@ import pytest
 from agent.config import (
     AgentConfig,
     LimitsConfig,
+    QemuConfig,
     TlsConfig,
     TransferConfig,
     is_allowed,
@@ -94,8 +95,9 @@ def test_example_is_the_defaults() -> None:
 
 def test_example_explains_every_setting() -> None:
     text = EXAMPLE.read_text()
-    names = {field.name for field in dataclasses.fields(AgentConfig)} - {"transfer", "limits"}
-    for kind in (TlsConfig, TransferConfig, LimitsConfig):
+    names = {field.name for field in dataclasses.fields(AgentConfig)}
+    names -= {"transfer", "limits", "qemu"}
+    for kind in (TlsConfig, TransferConfig, LimitsConfig, QemuConfig):
         names |= {
             field.name.removesuffix("_bytes_per_second") for field in dataclasses.fields(kind)
         }

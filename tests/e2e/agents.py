@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,7 +218,7 @@ def agent(
     allowed: tuple[str, ...] = ALLOWED,
     command: tuple[str, ...] = (),
     client: tuple[str, ...] = (),
-    settings: dict[str, dict[str, int]] | None = None,
+    settings: Mapping[str, Mapping[str, object]] | None = None,
 ) -> Iterator[Agent]:
     """Run an agent until the end of the block.
 
@@ -257,12 +257,13 @@ def starting(
     listen: str,
     allowed: tuple[str, ...],
     command: tuple[str, ...],
-    settings: dict[str, dict[str, int]] | None = None,
+    settings: Mapping[str, Mapping[str, object]] | None = None,
 ) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """Start a process; it is killed at the end of the block if it has not ended by then."""
     file, log = directory / f"{name}.toml", directory / f"{name}.log"
     sections = [
-        f"[{section}]\n" + "".join(f"{key} = {value}\n" for key, value in values.items())
+        f"[{section}]\n"
+        + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
         for section, values in (settings or {}).items()
     ]
     file.write_text(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -22,7 +23,7 @@ from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
 from native.chunk import CHUNK_BYTES
 from native.frame import MAX_PAYLOAD_BYTES, gather, scatter
-from tests import devices
+from tests import devices, qemus
 from tests.content import fill, read_all
 
 BLOCK = 4096
@@ -38,6 +39,8 @@ KINDS = (
     "ebpf-loop4096",
     "ebpf-partition",
     "ebpf-zram",
+    "qemu-qcow2",
+    "qemu-raw",
 )
 _BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F
 
@@ -135,6 +138,8 @@ class Subject:
 def build(kind: str, stack: ExitStack, pins: Callable[[], Path]) -> Subject:
     """Make a subject, filled with content and with its tracker started."""
     scheme, _, where = kind.partition("-")
+    if scheme == "qemu":
+        return _of_qemu(where, stack)
     path, sector_size = _device(where, stack)
     fill(path, seed=len(kind))
     device = stack.enter_context(BlockDevice(path))
@@ -149,6 +154,23 @@ def build(kind: str, stack: ExitStack, pins: Callable[[], Path]) -> Subject:
 
     tracker = EbpfTracker(device, BLOCK, pins() / "volume")
     return _started(Subject(path, sector_size, BLOCK, device, tracker), stack)
+
+
+def _of_qemu(driver: str, stack: ExitStack) -> Subject:
+    """A storage daemon's disk, to which the guest writes over NBD."""
+    devices.require("qemu")
+    from agent.qemu.device import open_qemu
+    from agent.tracker.qemu import QemuTracker
+
+    directory = Path(stack.enter_context(TemporaryDirectory(prefix="warmsync-", dir="/tmp")))
+    qemu = stack.enter_context(qemus.disk(directory, DEVICE_BYTES, driver))
+    qemu.start_daemon()
+    path = str(stack.enter_context(qemus.guest_file(qemu)))
+    fill(path, seed=len(driver))
+    device = open_qemu(str(qemu.image), (str(qemu.image),), qemu.seat())
+    stack.callback(device.close)
+    tracker = QemuTracker(device, BLOCK)
+    return _started(Subject(path, 512, BLOCK, device, tracker), stack)
 
 
 def equal(subject: Subject, shadow: Path) -> bool:

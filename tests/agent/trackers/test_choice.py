@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import FailedPrecondition, InvalidArgument
+from agent.errors import FailedPrecondition
 from agent.migration import Scheme
 from agent.store import Store
 from agent.tracker import choice
@@ -60,13 +60,13 @@ def test_what_is_named_is_used(file: BlockDevice, obstacle: Callable[[str], None
     obstacle("")
     assert choose_scheme(Scheme.SCAN, [file]) == (Scheme.SCAN, "")
     assert choose_scheme(Scheme.EBPF, [file]) == (Scheme.EBPF, "")
+    assert choose_scheme(Scheme.QEMU, [file]) == (Scheme.QEMU, "")
 
 
 @pytest.mark.parametrize(
     ("scheme", "kind", "text"),
     [
         (Scheme.EBPF, FailedPrecondition, "no BTF; run `warmsync doctor`"),
-        (Scheme.QEMU, InvalidArgument, "not part of this version"),
     ],
 )
 def test_what_cannot_be_is_refused(

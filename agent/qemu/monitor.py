@@ -1,0 +1,136 @@
+"""Talks QMP: one short conversation at a time with each socket.
+
+Owns connecting, the wait for an answer, and what errors are called. A QMP socket serves one client
+at a time, so it is never held between two conversations: hooks and operators want it too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+
+from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
+
+_Result = TypeVar("_Result")
+_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+"""Of each socket: two volumes of one VM must not wait for each other in its backlog."""
+
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its errors are told as ours
+
+
+class Monitor:
+    """A conversation that is open."""
+
+    def __init__(self, client: QMPClient, socket_path: str) -> None:
+        self._client = client
+        self.socket_path = socket_path
+
+    async def execute(self, command: str, **arguments: object) -> Any:
+        """Return the answer. FailedPrecondition QMP_REFUSED; `_` in names stands for `-`."""
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        try:
+            return await self._client.execute(command, named or None)
+        except ExecuteError as error:
+            told = error.error.error
+            raise FailedPrecondition(
+                "QMP_REFUSED",
+                f"QEMU at {self.socket_path} refused {command}: {told.desc}; "
+                "see its log and the arguments it was started with",
+                socket=self.socket_path,
+                command=command,
+                kind=told.class_,
+                detail=told.desc,
+            ) from error
+
+
+def converse(
+    socket_path: str, work: Callable[[Monitor], Awaitable[_Result]], patience_seconds: float
+) -> _Result:
+    """Connect, do the work, hang up.
+
+    FailedPrecondition QEMU_GONE where nobody listens or the process ends meanwhile, Unavailable
+    QMP_UNREACHABLE where what listens does not answer in time or is no QMP, QMP_REFUSED.
+    """
+    with _locks[socket_path]:
+        return _run(_converse(socket_path, work, patience_seconds))
+
+
+async def _converse(
+    socket_path: str, work: Callable[[Monitor], Awaitable[_Result]], patience_seconds: float
+) -> _Result:
+    client = QMPClient("warmsync")
+    try:
+        async with asyncio.timeout(patience_seconds):
+            await client.connect(socket_path)
+            return await work(Monitor(client, socket_path))
+    except TimeoutError as error:
+        raise _unreachable(socket_path, f"no answer in {patience_seconds:g} s") from error
+    except (ExecInterruptedError, EOFError, ConnectionError) as error:
+        raise gone(socket_path) from error
+    except ConnectError as error:
+        if isinstance(error.exc, ConnectionError | FileNotFoundError | EOFError):
+            raise gone(socket_path) from error
+        raise _unreachable(socket_path, str(error)) from error
+    except QMPError as error:
+        raise _unreachable(socket_path, str(error)) from error
+    finally:
+        # What a connection ends with was told already, or matters to nobody any more.
+        with suppress(QMPError, EOFError, OSError):
+            await client.disconnect()
+
+
+def _run(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run in an event loop of its own: those who call block, at the agent's start in its loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1, thread_name_prefix="qmp") as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
+def find_silent(sockets: list[str], patience_seconds: float) -> list[str]:
+    """Return the sockets at which no QEMU answers."""
+
+    async def greet(monitor: Monitor) -> None:
+        await monitor.execute("query-version")
+
+    silent = []
+    for socket in sockets:
+        try:
+            converse(socket, greet, patience_seconds)
+        except WarmsyncError:
+            silent.append(socket)
+    return silent
+
+
+def is_refused(error: WarmsyncError, detail: str) -> bool:
+    """Return whether QEMU refused a command with this in its text."""
+    return error.reason == "QMP_REFUSED" and detail in error.values["detail"]
+
+
+def gone(socket_path: str) -> FailedPrecondition:
+    """Return the error of a QEMU that is not there any more."""
+    return FailedPrecondition(
+        "QEMU_GONE",
+        f"no QEMU answers at {socket_path}, so nobody knows what was written to its disks; "
+        "start it again, or move the disk with --tracker scan",
+        socket=socket_path,
+    )
+
+
+def _unreachable(socket_path: str, detail: str) -> Unavailable:
+    return Unavailable(
+        "QMP_UNREACHABLE",
+        f"QMP at {socket_path} cannot be used ({detail}); it serves one client at a time: give "
+        "the agent a socket of its own (-qmp unix:PATH,server=on,wait=off)",
+        socket=socket_path,
+    )

@@ -1,0 +1,1 @@
+"""Disks of QEMUs, without agents."""

@@ -1,0 +1,188 @@
+"""Real QEMUs and storage daemons with a disk, and guests that write to it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.qemu.access import Access, Seat
+from agent.qemu.monitor import Monitor, converse
+
+PATIENCE_SECONDS = 20.0
+
+
+@dataclass
+class Qemu:
+    """A process with the node `disk`; `guest` is its NBD export for writing, as a file."""
+
+    directory: Path
+    image: Path
+    driver: str
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def socket(self) -> str:
+        return str(self.directory / "qmp.sock")
+
+    @property
+    def nbd_socket(self) -> str:
+        return str(self.directory / "guest.nbd")
+
+    @property
+    def access(self) -> Access:
+        """What an agent is allowed here."""
+        return Access(
+            (str(self.directory / "qmp.sock"),),
+            (self.nbd_socket,),
+            self.directory / "run",
+            "0123456789ab",
+            PATIENCE_SECONDS,
+        )
+
+    def seat(self, name: str = "move-0") -> Seat:
+        return Seat(self.access, name, self.directory / f"{name}.qemu")
+
+    def ask(self, command: str, **arguments: object) -> Any:
+        async def work(monitor: Monitor) -> Any:
+            return await monitor.execute(command, **arguments)
+
+        return converse(self.socket, work, PATIENCE_SECONDS)
+
+    def bitmaps(self) -> list[str]:
+        """Return the names of all dirty bitmaps of the disk."""
+        nodes = self.ask("query-named-block-nodes")
+        return [
+            one["name"]
+            for node in nodes
+            if node["node-name"] == "disk"
+            for one in node.get("dirty-bitmaps", ())
+        ]
+
+    def exports(self) -> list[str]:
+        return [one["id"] for one in self.ask("query-block-exports")]
+
+    def start(self, command: list[str]) -> None:
+        Path(self.socket).unlink(missing_ok=True)
+        with (self.directory / "qemu.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        await_path(self.socket, self.process)
+
+    def start_daemon(self) -> None:
+        """A storage daemon that shows the disk to a guest, which writes over NBD."""
+        self.start(
+            [
+                "qemu-storage-daemon",
+                "--chardev",
+                f"socket,id=qmp,path={self.socket},server=on,wait=off",
+                "--monitor",
+                "chardev=qmp",
+                "--blockdev",
+                json.dumps(self._blockdev()),
+                "--nbd-server",
+                f"addr.type=unix,addr.path={self.nbd_socket}",
+                "--export",
+                "type=nbd,id=guest,node-name=disk,name=guest,writable=on",
+            ]
+        )
+
+    def start_machine(self, *flags: str) -> None:
+        """A QEMU without a processor at work: its HMP writes, as a guest's disk would."""
+        self.start(
+            [
+                "qemu-system-x86_64",
+                *("-machine", "q35,accel=tcg", "-nodefaults", "-display", "none", "-m", "32"),
+                *("-qmp", f"unix:{self.socket},server=on,wait=off"),
+                *("-blockdev", json.dumps(self._blockdev())),
+                *("-device", "virtio-blk-pci,drive=disk,id=drive,share-rw=on"),
+                *flags,
+            ]
+        )
+
+    def write(self, pattern: int, offset: int, length: int, node: str = "disk") -> None:
+        """Write through a machine's block layer."""
+        line = f'qemu-io {node} "write -P {pattern} {offset} {length}"'
+        assert self.ask("human-monitor-command", command_line=line) == ""
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def quit(self) -> None:
+        """End as after a power-down: bitmaps that are persistent are saved."""
+        assert self.process is not None
+        self.ask("quit")
+        self.process.wait(PATIENCE_SECONDS)
+
+    def _blockdev(self) -> dict[str, object]:
+        file = {"driver": "file", "filename": str(self.image), "discard": "unmap"}
+        return {"driver": self.driver, "node-name": "disk", "discard": "unmap", "file": file}
+
+
+@contextmanager
+def disk(directory: Path, size_bytes: int, driver: str = "qcow2") -> Iterator[Qemu]:
+    """Make an image; whatever is started with it ends with the block."""
+    directory.mkdir(parents=True, exist_ok=True)
+    image = directory / f"disk.{driver}"
+    create(image, size_bytes, driver)
+    qemu = Qemu(directory, image, driver)
+    try:
+        yield qemu
+    finally:
+        qemu.kill()
+
+
+def create(image: Path, size_bytes: int, driver: str) -> None:
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", driver, str(image), str(size_bytes)], check=True
+    )
+
+
+@contextmanager
+def guest_file(qemu: Qemu) -> Iterator[Path]:
+    """The guest's view of a storage daemon's disk, as a file (nbdfuse)."""
+    path = qemu.directory / "guest"
+    path.touch()
+    log = (qemu.directory / "nbdfuse.log").open("ab")
+    uri = f"nbd+unix:///guest?socket={qemu.nbd_socket}"
+    with log, subprocess.Popen(["nbdfuse", str(path), uri], stdout=log, stderr=log) as process:
+        try:
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while path.stat().st_size == 0:
+                assert process.poll() is None, (qemu.directory / "nbdfuse.log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            yield path
+        finally:
+            subprocess.run(["fusermount3", "-u", "-z", str(path)], check=False)
+            process.terminate()
+            process.wait(PATIENCE_SECONDS)
+
+
+def convert(qemu: Qemu, target: Path) -> None:
+    """Write the guest-visible content of an image that nobody has open to a raw file."""
+    command = ["qemu-img", "convert", "-f", qemu.driver, "-O", "raw", str(qemu.image), str(target)]
+    subprocess.run(command, check=True)
+
+
+def assert_same(qemu: Qemu, target: str | Path) -> None:
+    """The raw target holds what a guest sees in the image, while nobody writes."""
+    command = ["qemu-img", "compare", "-U", "-f", qemu.driver, "-F", "raw"]
+    done = subprocess.run(
+        [*command, str(qemu.image), str(target)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def await_path(path: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not Path(path).exists():
+        assert process.poll() is None, "it has ended"
+        assert time.monotonic() < deadline, f"{path} does not come"
+        time.sleep(0.01)
