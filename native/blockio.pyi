@@ -3,9 +3,9 @@
 from array import array
 from collections.abc import Iterator
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-from typing_extensions import Buffer, Self
+from typing_extensions import Buffer
 
 MAX_UNREAD: int
 """Bad places that one round gets around; a device with more fails as a whole."""

@@ -19,7 +19,8 @@ const char *ws_nbd_version(void) {
 
 int ws_nbd_error(void) {
     int error = nbd_get_errno();
-    return error > 0 ? -error : -EIO;
+    /* Not EIO, which would be a bad sector. */
+    return error > 0 ? -error : -ENOTCONN;
 }
 
 int ws_nbd_wait(struct nbd_handle *handle, unsigned patience_ms) {

@@ -147,6 +147,8 @@ def create(image: Path, size_bytes: int, driver: str) -> None:
 @contextmanager
 def guest_file(qemu: Qemu) -> Iterator[Path]:
     """The guest's view of a storage daemon's disk, as a file (nbdfuse)."""
+    assert qemu.process is not None
+    await_path(qemu.nbd_socket, qemu.process)
     path = qemu.directory / "guest"
     path.touch()
     log = (qemu.directory / "nbdfuse.log").open("ab")
@@ -160,7 +162,7 @@ def guest_file(qemu: Qemu) -> Iterator[Path]:
                 time.sleep(0.01)
             yield path
         finally:
-            subprocess.run(["fusermount3", "-u", "-z", str(path)], check=False)
+            subprocess.run(["fusermount3", "-u", "-z", str(path)], check=False, capture_output=True)
             process.terminate()
             process.wait(PATIENCE_SECONDS)
 
