@@ -305,8 +305,8 @@ cdef class Sender:
     cdef tuple stale
     cdef bint busy
 
-    def __cinit__(self, connections, devices, digests, *, stale=None, bint compress=False, bint ring=True,
-                  unsigned patience_seconds=60, unsigned ack_seconds=300):
+    def __cinit__(self, connections, devices, digests, *, stale=None, bint compress=False,
+                  bint ring=True, unsigned patience_seconds=60, unsigned ack_seconds=300):
         cdef ws_manner manner = ws_manner(compress, ring, patience_seconds, ack_seconds)
         cdef ws_conn *conns[64]
         cdef size_t count = 0

@@ -305,6 +305,18 @@ def test_stalled_after_three_rounds_that_do_not_halve() -> None:
     assert flags == [False, False, False, False, False, False, True]
 
 
+def test_a_proof_that_is_not_read_yet_delays_but_does_not_stall() -> None:
+    """What both ends have to read back goes on by itself: no round that halves is wanted."""
+    convergence = measured()
+    for _ in range(6):
+        verdict = convergence.look(MIB, 0.0, 10.0, 0.0, proof_seconds=5.0)
+        assert verdict.predicted_downtime_seconds is not None
+        assert verdict.predicted_downtime_seconds > 5.0
+        assert not any([verdict.within_budget, verdict.converged, verdict.stalled])
+    found = [convergence.look(MIB, 0.0, 10.0, 0.0).converged for _ in range(2)]
+    assert found == [False, True]
+
+
 def test_half_is_halved() -> None:
     convergence = measured()
     assert not any(look(convergence, (8192 >> n) * MIB).stalled for n in range(7))
