@@ -23,6 +23,8 @@ _WILDCARDS = frozenset("*?[")
 _DEVICES = "/dev/"
 _MAX_RUN_DIR = 70
 """The path of a Unix socket has 107 bytes (unix(7)); our names in there take 33."""
+GROWABLE = ("ext4", "xfs", "btrfs")
+"""What a resize can grow; "ext4" stands for ext2 and ext3 as well."""
 _OPEN_TO_ALL = ("/dev/shm/", "/dev/mqueue/")
 """Directories under /dev in which anybody may make names."""
 
@@ -71,6 +73,14 @@ class QemuConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ResizeConfig:
+    """What may be grown on this host as a target, and how long each program for it may take."""
+
+    file_systems: tuple[str, ...] = GROWABLE
+    program_seconds: int = 600
+
+
+@dataclass(frozen=True, slots=True)
 class AgentConfig:
     """All settings of one agent."""
 
@@ -83,6 +93,7 @@ class AgentConfig:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     qemu: QemuConfig = field(default_factory=QemuConfig)
+    resize: ResizeConfig = field(default_factory=ResizeConfig)
 
     def merged(
         self,
@@ -170,9 +181,18 @@ def validate(config: AgentConfig) -> None:
     _check_range("transfer.connections", config.transfer.connections, 1, 64)
     _check_range("transfer.data_port", config.transfer.data_port, -1, 65535)
     _check_range("transfer.checkpoint_bytes", config.transfer.checkpoint_bytes, 1 << 20, 1 << 50)
+    _check_file_systems(config.resize.file_systems)
+    _check_range("resize.program_seconds", config.resize.program_seconds, 1, 86400)
     _check_range("limits.max_migrations", config.limits.max_migrations, 1, 1000)
     _check_range("limits.max_watches", config.limits.max_watches, 1, 10_000)
     _check_range("limits.bandwidth", config.limits.bandwidth_bytes_per_second, 0, (1 << 63) - 1)
+
+
+def _check_file_systems(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in GROWABLE:
+            mend = f"cannot be grown: use {', '.join(GROWABLE)}, or [] for none"
+            raise _invalid("resize.file_systems", name, mend)
 
 
 def is_allowed(given: str, resolved: str, patterns: tuple[str, ...]) -> bool:
@@ -277,6 +297,7 @@ _KEYS: Mapping[str, Reader] = {
     ),
     "qemu": _section(QemuConfig, sockets=_texts, nbd_sockets=_texts, run_dir=_text),
     "limits": _section(_limits, max_migrations=_number, max_watches=_number, bandwidth=_rate),
+    "resize": _section(ResizeConfig, file_systems=_texts, program_seconds=_number),
 }
 
 

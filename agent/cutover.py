@@ -42,6 +42,7 @@ class Cutover:
         *,
         prove: Callable[[], Awaitable[Statement]],
         signer: Signer,
+        resize: bool = False,
         asked_seconds: float | None = None,
         write_down: Callable[[], None] = lambda: None,
     ) -> None:
@@ -50,6 +51,7 @@ class Cutover:
         self._token = token
         self._prove = prove
         self._signer = signer
+        self._resize = resize
         self.certificate: Certificate | None = None
         """What both have signed, once it is done."""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -80,6 +82,9 @@ class Cutover:
         self._parts = replace(self._parts, target_flush=report.flush_seconds)
         statement = await self._prove_equal()
         self._note("verify")
+        if self._resize:
+            await self._grow()
+            self._note("resize")
         await self._release(statement)
         self._note("release")
         sender.note(downtime_seconds=time.monotonic() - self._started, downtime_parts=self._parts)
@@ -124,6 +129,25 @@ class Cutover:
                 raise not_quiesced(
                     disk.volume.source, f"{size_bytes} bytes were written during the cutover"
                 )
+
+    async def _grow(self) -> None:
+        """Let the target grow what it has proved; the source is still the owner, and fenced."""
+        lost_at = None
+        while True:
+            try:
+                resizes = await self._peer.resize(self._token(), self._sender.generation)
+                break
+            except Unavailable as error:
+                # It goes on there meanwhile, for as long as it takes.
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() > lost_at + RELEASE_SECONDS:
+                    raise
+                _log.warning('resize not answered yet, asking again reason="%s"', error)
+            await asyncio.sleep(_RETRY_SECONDS)
+        self._sender.note(resizes=resizes)
+        # It may have taken minutes, and the permission of a file stops nobody who has it open.
+        if all(disk.tracker.looks_cheaply for disk in self._sender.disks):
+            await self._look()
 
     async def _release(self, statement: Statement) -> None:
         """Ask until there is an answer: from the first try on only the target knows who owns."""

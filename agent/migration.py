@@ -15,7 +15,7 @@ from agent.errors import InvalidArgument
 if TYPE_CHECKING:
     from agent.errors import WarmsyncError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Version of what agents say to each other; both ends must have the same."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -106,6 +106,7 @@ class Plan:
     guest_throttle: GuestThrottle | None = None
     reuse_target: bool = False
     verify: Depth = Depth.FULL
+    resize: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,22 @@ class DowntimeParts:
     target_flush: float = 0.0
     check: float = 0.0
     verify: float = 0.0
+    resize: float = 0.0
     release: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """What came of the resize of one volume; sizes are those of the file system.
+
+    With an `error` nothing was changed; equal sizes without one: there was no room.
+    """
+
+    file_system: str = ""
+    before_bytes: int = 0
+    after_bytes: int = 0
+    seconds: float = 0.0
+    error: WarmsyncError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +162,7 @@ class Progress:
     resumed_saved_bytes: int = 0
     reconciled_bytes: int = 0
     unproved_bytes: int = 0
+    resizes: tuple[Resize, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from agent.carrier import Carrier, CarrierRequest
 from agent.certificate import Signature
-from agent.migration import Depth, Identity, Volume
+from agent.migration import Depth, Identity, Resize, Volume
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,13 @@ class Peer(Protocol):
 
     async def prove(self, token: str, generation: int) -> TargetProof:
         """Return what the target has read back, after this generation and no later one."""
+
+    async def resize(self, token: str, generation: int) -> tuple[Resize, ...]:
+        """Grow what is on the targets, which were proved at this generation. May be repeated.
+
+        What cannot be grown is as it was, and told. DataLoss GROW_NOT_UNDONE: one is not as it was.
+        Not released afterwards, they count as lost: `resume` answers with generation 0.
+        """
 
     async def release(
         self, token: str, generation: int, statement: bytes, signature: Signature

@@ -18,6 +18,7 @@ from agent.migration import (
     GuestThrottle,
     Plan,
     Progress,
+    Resize,
     Scheme,
     Volume,
 )
@@ -54,7 +55,8 @@ class SourceRecord:
 @dataclass(frozen=True, slots=True)
 class TargetRecord:
     """A session at its target. `generation` is the last that is durable; `boot_id` and `devices`
-    are of when it was written down, as a source's are; `certificate` is there once it is released.
+    are of when it was written down, as a source's are; `certificate` is there once it is released; `resizing`: a resize was begun, so what is
+    there is not what was acknowledged.
     """
 
     plan: Plan
@@ -67,12 +69,19 @@ class TargetRecord:
     boot_id: str = ""
     devices: tuple[tuple[int, int, int], ...] = ()
     certificate: str = ""
+    resizing: bool = False
 
 
 def dump(record: SourceRecord | TargetRecord) -> dict[str, Any]:
     """Return a record as values that JSON knows."""
-    found = asdict(replace(record, error=None))  # an exception cannot be copied
-    found["error"] = None if record.error is None else _dump_error(record.error)
+    # An exception cannot be copied.
+    progress = replace(record.progress, resizes=())
+    found = asdict(replace(record, error=None, progress=progress))
+    found["error"] = _dump_error(record.error)
+    found["progress"]["resizes"] = [
+        {**asdict(replace(one, error=None)), "error": _dump_error(one.error)}
+        for one in record.progress.resizes
+    ]
     return found
 
 
@@ -124,7 +133,17 @@ def _history(values: list[dict[str, Any]]) -> tuple[Entry, ...]:
 
 
 def _progress(values: dict[str, Any]) -> Progress:
-    return Progress(**{**values, "downtime_parts": DowntimeParts(**values["downtime_parts"])})
+    return Progress(
+        **{
+            **values,
+            "downtime_parts": DowntimeParts(**values["downtime_parts"]),
+            "resizes": tuple(_resize(one) for one in values.get("resizes", ())),
+        }
+    )
+
+
+def _resize(values: dict[str, Any]) -> Resize:
+    return Resize(**{**values, "error": _error(values["error"])})
 
 
 def _opening(values: dict[str, Any] | None) -> Sample | None:
@@ -135,7 +154,9 @@ def _pairs(values: list[list[int]]) -> tuple[tuple[int, int, int], ...]:
     return tuple((int(a), int(b), int(c)) for a, b, c in values)
 
 
-def _dump_error(error: WarmsyncError) -> dict[str, Any]:
+def _dump_error(error: WarmsyncError | None) -> dict[str, Any] | None:
+    if error is None:
+        return None
     return {
         "kind": type(error).__name__,
         "reason": error.reason,

@@ -34,6 +34,7 @@ from agent.errors import (
     Unavailable,
     WarmsyncError,
 )
+from agent.growth import Growth
 from agent.journal import Journal
 from agent.migration import (
     PROTOCOL_VERSION,
@@ -55,8 +56,8 @@ from agent.state import TERMINAL, State
 from agent.store import Store
 from agent.target import (
     TargetSession,
+    claim,
     new_session,
-    open_devices,
     open_targets,
     session_not_found,
 )
@@ -107,6 +108,7 @@ class Registry:
         self._digests = Path(config.state_dir) / "targets"
         qemu = config.qemu
         self._qemus = Access(qemu.sockets, qemu.nbd_sockets, Path(qemu.run_dir), digest[:12])
+        self._resizes = Path(config.state_dir) / "resize"
         self._journal = Journal(Path(config.state_dir))
         self._written: dict[str, SourceRecord] = {}
         self._telling: set[asyncio.Task[None]] = set()
@@ -207,7 +209,11 @@ class Registry:
             if not one.is_over
             for i in range(len(one.snapshot().plan.volumes))
         }
-        for directory, wanted in ((self._volumes, going_on), (self._digests, open_sessions)):
+        for directory, wanted in (
+            (self._volumes, going_on),
+            (self._digests, open_sessions),
+            (self._resizes, open_sessions),
+        ):
             for path in directory.glob("*"):
                 if path.stem not in wanted:
                     path.unlink()
@@ -235,7 +241,8 @@ class Registry:
         open_states = (State.PENDING, State.SEEDING, State.SYNCING)
         if record.history[-1].state in open_states:
             try:
-                devices = open_devices(record.plan.volumes, self.config.allow_devices)
+                undoing = self._make_growth(record.plan) if record.resizing else None
+                devices = claim(record.plan.volumes, self.config.allow_devices, undoing)
             except WarmsyncError as error:  # tried again when its source comes back
                 _log.error('target not claimed id=%s reason="%s"', record.plan.id, error)
         is_open = record.history[-1].state in open_states
@@ -266,7 +273,11 @@ class Registry:
             self.config.allow_devices,
             witness=witness,
             signer=self._signer,
+            growth=self._make_growth(record.plan),
         )
+
+    def _make_growth(self, plan: Plan) -> Growth:
+        return Growth(self._resizes, plan, self.config.resize)
 
     def _make_witness(self, plan: Plan, *, live: bool = True) -> Witness:
         stores = [Store(self._digests, f"{plan.id}-{i}") for i in range(len(plan.volumes))]

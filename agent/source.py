@@ -84,7 +84,7 @@ _PASSING = frozenset(
 """What another connection may mend, beside all that is Unavailable: damage on the way."""
 _REFUSALS = frozenset({"NOT_QUIESCED", "COPIES_DIFFER", "SOURCE_UNREADABLE"})
 """What makes a cutover come to nothing, and syncing go on."""
-_MENDABLE = frozenset({"TARGET_IO_ERROR", "DISK_FULL", "STATE_NOT_KEPT", "TARGET_NOT_CLAIMED"})
+_MENDABLE = frozenset({"TARGET_IO_ERROR", "DISK_FULL", "STATE_NOT_KEPT", "TARGET_NOT_CLAIMED", "GROW_NOT_UNDONE"})
 """What a person has to mend at the target: the migration pauses."""
 
 
@@ -311,6 +311,7 @@ class SourceMigration:
             lambda: self._token,
             prove=lambda: self._proof.prove(peer, self._token, asked_at),
             signer=self._prepared.signer,
+            resize=self._plan.resize,
             asked_seconds=asked_seconds,
             write_down=self.write_down,
         )
@@ -465,6 +466,7 @@ class SourceMigration:
         """The target was not released: the source is the owner, whatever was begun."""
         if self._cutover is not None:
             self._cutover.releasing = self._cutover.fencing = False
+        self._sender.note(resizes=())
         await self._sender.on_disks(SourceDisk.unfence)
         self._convergence.restart()
         self._move(Event.REFUSE)
@@ -729,6 +731,14 @@ class SourceMigration:
                 f"migration {self.id} is {self.state}; it can be verified while it is "
                 "SYNCING, CONVERGED or CUT_OVER",
                 state=self.state,
+            )
+        grown = [one for one in self._sender.progress.resizes if one.after_bytes > one.before_bytes]
+        if self.state is State.CUT_OVER and grown:
+            raise FailedPrecondition(
+                "TARGET_RESIZED",
+                f"the target of migration {self.id} was grown after it was proved equal, so it is "
+                "not equal any more; see its certificate",
+                id=self.id,
             )
 
     def _require(self, event: Event) -> None:

@@ -26,9 +26,10 @@ from agent.errors import (
     Unavailable,
     WarmsyncError,
 )
+from agent.growth import Growth
 from agent.inlet import Inlet
 from agent.journal import Journal
-from agent.migration import Depth, Migration, Plan, Progress, Role, Volume
+from agent.migration import Depth, Migration, Plan, Progress, Resize, Role, Volume
 from agent.migration import Event as Entered
 from agent.peer import Proof, SessionRequest, session_token
 from agent.reader import read_digests
@@ -49,6 +50,9 @@ _OPENING_SECONDS = 60.0
 ORPHAN_SECONDS = 24 * 3600.0
 """One whose source does not come back within this time as well."""
 
+_CLAIM_SECONDS = 10.0
+_CLAIM_RETRY_SECONDS = 0.1
+
 _PASSING = frozenset({"BAD_FRAME", "FRAMES_MISSING", "WRONG_GENERATION"})
 """Damage on the way: the round is not acknowledged, and comes again over new connections."""
 _MENDABLE = frozenset({"TARGET_IO_ERROR", "DISK_FULL", "STATE_NOT_KEPT"})
@@ -68,12 +72,17 @@ class TargetSession:
         *,
         witness: Witness,
         signer: Signer,
+        growth: Growth,
     ) -> None:
         self.bell = Bell()
+        self._growth = growth
+        # Not what was acknowledged, unless it is released so; until the source has come back.
+        self._resizing = record.resizing
         self._witness = witness
         self._signer = signer
         self._certificate = record.certificate
         self._proof: tuple[Proof, ...] | None = None
+        self._grown: asyncio.Future[tuple[Resize, ...]] | None = None
         self._boot_id, self._keys = record.boot_id, record.devices
         self._allow_devices = allow_devices
         self._secret = record.secret
@@ -176,6 +185,7 @@ class TargetSession:
             self._boot_id,
             self._keys,
             self._certificate,
+            self._resizing,
         )
 
     def write_down(self) -> None:
@@ -222,12 +232,13 @@ class TargetSession:
     async def _claim_again(self) -> None:
         """Open the devices anew: what was mended, or put in place again, is another device."""
         await self._witness.stop()
+        await self._growth.ended()
         for device in self._devices:
             device.close()
         self._devices = []
         try:
             self._devices = await asyncio.to_thread(
-                open_devices, self._plan.volumes, self._allow_devices
+                claim, self._plan.volumes, self._allow_devices, self._undoing
             )
         except WarmsyncError as error:
             raise FailedPrecondition(
@@ -236,8 +247,20 @@ class TargetSession:
                 **error.values,
             ) from error
         self._attach()
+        self._grown = None
+        if self._resizing:
+            # The source compares; told again if the answer does not reach it.
+            _log.warning("resized and not released, so to be compared id=%s", self.id)
+            self._generation = 0
+            self._witness.forget()
+            self._progress = replace(self._progress, resizes=())
+            self._resizing = False
         # Before anything is read of them: entries of these are worth nothing for others.
         self.write_down()
+
+    @property
+    def _undoing(self) -> Growth | None:
+        return self._growth if self._resizing else None
 
     def _attach(self) -> None:
         """Write to the devices that are open now. What is known of others says nothing of them."""
@@ -370,6 +393,8 @@ class TargetSession:
     async def prove(self, generation: int) -> tuple[Proof, ...]:
         """Return what was read back of each volume, all after this generation and no later one."""
         self._check_releasable(generation)
+        if self._resizing:
+            raise _not_proven(self.id)
         if self._proof is None:
             try:
                 proof = await self._witness.prove()
@@ -380,6 +405,44 @@ class TargetSession:
             self._check_releasable(generation)
             self._proof = proof
         return self._proof
+
+    async def resize(self, generation: int) -> tuple[Resize, ...]:
+        """Grow what is on the devices, as they were proved. May be repeated until the release.
+
+        FailedPrecondition NOT_PROVEN, DataLoss GROW_NOT_UNDONE. Whatever comes of it, nothing is
+        received any more before the source has come back; then it has to compare.
+        """
+        if self.state is State.CUT_OVER:
+            return self._progress.resizes
+        self._check_releasable(generation)
+        if self._proof is None or self._writing or not self._witness.is_settled:
+            raise _not_proven(self.id)
+        if self._grown is None:
+            self._grown = asyncio.ensure_future(self._grow())
+            self._grown.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # It goes on if the caller hangs up.
+        return await asyncio.shield(self._grown)
+
+    async def _grow(self) -> tuple[Resize, ...]:
+        async with self._resuming:
+            epoch = self._epoch
+            await self._cut_streams()
+            self._wait_for_source(ORPHAN_SECONDS)
+            self._resizing = True
+            try:
+                self.write_down()
+            except ResourceExhausted:
+                self._resizing = False
+                raise
+            await self._witness.stop()
+            resizes = await asyncio.shield(self._growth.start(tuple(self._devices)))
+            self._check_releasable(self._generation)
+            if epoch != self._epoch:
+                raise self._superseded()
+            self._progress = replace(self._progress, resizes=resizes)
+            self.write_down()
+            self.bell.ring()
+            return resizes
 
     def release(self, generation: int, statement: bytes, signature: Signature) -> Signature:
         """Hand over: the claim is dropped so that the VM can boot. May be repeated.
@@ -435,12 +498,7 @@ class TargetSession:
                 for volume, one, proof in volumes
             )
         ):
-            raise FailedPrecondition(
-                "NOT_PROVEN",
-                f"what the source says of migration {self.id} is not what was read back here; "
-                "cut over again",
-                id=self.id,
-            )
+            raise _not_proven(self.id)
 
     def abort(self, reason: str, *, cancelled: bool) -> None:
         """Give up: released and marked incomplete. May be repeated; not after the release."""
@@ -525,6 +583,8 @@ class TargetSession:
             raise self._error
         if self._trouble is not None:
             raise self._trouble
+        if self._resizing and not self.is_over:
+            raise _not_open(self.id, self.state)
 
     def close(self) -> None:
         """The agent stops: what is written down goes on with its next start."""
@@ -566,7 +626,8 @@ class TargetSession:
 
     def _check_open(self) -> None:
         open_states = (State.PENDING, State.SEEDING, State.SYNCING)
-        if self.state not in open_states or self._streaming or not self._devices:
+        is_shut = self._streaming or self._resizing or not self._devices
+        if self.state not in open_states or is_shut:
             raise self._error or _not_open(self.id, self.state)
 
     def _check_receiving(self, stream: int) -> None:
@@ -575,7 +636,8 @@ class TargetSession:
         The session was given up, and its devices may be somebody else's now; or its source has come
         back on another stream.
         """
-        if self.state not in (State.SEEDING, State.SYNCING) or stream != self._stream:
+        is_shut = self._resizing or stream != self._stream
+        if self.state not in (State.SEEDING, State.SYNCING) or is_shut:
             raise self._error or self._trouble or _not_open(self.id, self.state)
 
     def _count_received(self, inlet: Inlet) -> None:
@@ -618,9 +680,8 @@ class TargetSession:
         self._stop_waiting()
         if self._inlet is not None:
             self._inlet.stop()
-        for device in self._devices:
-            device.close()
-        self._devices = []  # no stream may begin any more
+        devices, self._devices = self._devices, []  # no stream may begin any more
+        self._growth.close(devices)
         if not keep:
             self._witness.close()
 
@@ -647,6 +708,14 @@ def new_session(request: SessionRequest) -> TargetRecord:
         history=(Entry(State.PENDING, time.time()),),
         generation=0,
         progress=Progress(total_bytes=sum(v.size_bytes for v in request.volumes)),
+    )
+
+
+def _not_proven(name: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        "NOT_PROVEN",
+        f"what the source says of migration {name} is not what was read back here; cut over again",
+        id=name,
     )
 
 
@@ -685,6 +754,30 @@ def open_devices(volumes: tuple[Volume, ...], allowed: tuple[str, ...]) -> list[
             devices.append(device)
             if device.size_bytes() < volume.size_bytes:
                 raise _too_small(volume, device.size_bytes())
+    except BaseException:
+        for device in devices:
+            device.close()
+        raise
+    return devices
+
+
+def claim(
+    volumes: tuple[Volume, ...], allowed: tuple[str, ...], undoing: Growth | None
+) -> list[BlockDevice]:
+    """Claim devices as `open_devices`, and first undo a resize that the end of an agent cut off."""
+    deadline = time.monotonic() + (_CLAIM_SECONDS if undoing else 0.0)
+    while True:
+        try:
+            devices = open_devices(volumes, allowed)
+            break
+        except FailedPrecondition as error:
+            # The programs of an agent that was killed hold the claim for as long as they die.
+            if error.reason != "DEVICE_IN_USE" or time.monotonic() >= deadline:
+                raise
+            time.sleep(_CLAIM_RETRY_SECONDS)
+    try:
+        if undoing is not None:
+            undoing.undo(devices)
     except BaseException:
         for device in devices:
             device.close()

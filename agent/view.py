@@ -25,6 +25,7 @@ PARTS = (
     "target_flush_seconds",
     "check_seconds",
     "verify_seconds",
+    "resize_seconds",
     "release_seconds",
 )
 
@@ -69,6 +70,7 @@ def describe(migration: Migration) -> dict[str, Any]:
         "max_downtime_seconds": migration.max_downtime_seconds,
         "bandwidth_limit_bytes_per_second": migration.bandwidth_limit_bytes_per_second,
         "reuse_target": migration.reuse_target,
+        "resize": migration.resize,
         "verify": _short(migration_pb2.Verify, migration.verify, "VERIFY_").lower(),
         "guest_throttle": _guest_throttle(migration),
         "incomplete": migration.incomplete,
@@ -107,6 +109,7 @@ def _progress(migration: Migration) -> dict[str, Any]:
         "resumed_saved_bytes": progress.resumed_saved_bytes,
         "reconciled_bytes": progress.reconciled_bytes,
         "unproved_bytes": progress.unproved_bytes,
+        "resizes": [_resize(one) for one in progress.resizes],
     }
 
 
@@ -193,6 +196,8 @@ def _measurements(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Reconciled", f"{format_bytes(shown['reconciled_bytes'])} were equal and not sent"
     if shown["unproved_bytes"]:
         yield "Unproved", f"{format_bytes(shown['unproved_bytes'])} are to be read back"
+    for index, resize in enumerate(shown["resizes"]):
+        yield "" if index else "Resized", _resize_line(resize)
     if shown["trouble"]:
         yield "Trouble", shown["trouble"]
     if shown["suspect_volumes"]:
@@ -215,6 +220,25 @@ def _volume(volume: migration_pb2.Volume) -> dict[str, Any]:
     }
 
 
+def _resize(resize: migration_pb2.Resize) -> dict[str, Any]:
+    return {
+        "file_system": resize.file_system,
+        "before_bytes": resize.before_bytes,
+        "after_bytes": resize.after_bytes,
+        "seconds": resize.seconds,
+        "error": _status(resize, "error"),
+    }
+
+
+def _resize_line(shown: dict[str, Any]) -> str:
+    if error := shown["error"]:
+        return f"no, {error['reason']}: {error['message']}"
+    if shown["after_bytes"] == shown["before_bytes"]:
+        return "no, there was no room"
+    sizes = f"{format_bytes(shown['before_bytes'])} to {format_bytes(shown['after_bytes'])}"
+    return f"{shown['file_system']} from {sizes} in {format_seconds(shown['seconds'])}"
+
+
 def _guest_throttle(migration: Migration) -> dict[str, Any] | None:
     if not migration.HasField("guest_throttle"):
         return None
@@ -225,10 +249,10 @@ def _guest_throttle(migration: Migration) -> dict[str, Any] | None:
     }
 
 
-def _status(migration: Migration, name: str) -> dict[str, Any] | None:
-    if not migration.HasField(name):
+def _status(message: Migration | migration_pb2.Resize, name: str) -> dict[str, Any] | None:
+    if not message.HasField(name):
         return None
-    status: status_pb2.Status = getattr(migration, name)
+    status: status_pb2.Status = getattr(message, name)
     return describe_error(from_status(status))
 
 

@@ -67,6 +67,7 @@ FLOORS = {
     # Ends.
     "agent.cutover": 5,
     "agent.ended": 5,
+    "agent.growth": 5,
     "agent.inlet": 5,
     "agent.proof": 5,
     "agent.guest": 5,
@@ -112,12 +113,13 @@ NEIGHBOURS = {
     "agent.proof": {"agent.sender"},
     "agent.registry": {
         "agent.ended",
+        "agent.growth",
         "agent.sender",
         "agent.source",
         "agent.target",
         "agent.witness",
     },
-    "agent.target": {"agent.inlet", "agent.sender", "agent.witness"},
+    "agent.target": {"agent.growth", "agent.inlet", "agent.sender", "agent.witness"},
     "agent.source": {
         "agent.cutover",
         "agent.guest",

@@ -90,6 +90,11 @@ COMPRESSIONS = {"none": pb.COMPRESSION_NONE, "zstd": pb.COMPRESSION_ZSTD}
     help="What is compared at the cutover: every byte, the last round's, or nothing.",
 )
 @click.option(
+    "--resize",
+    is_flag=True,
+    help="Grow what is on a larger target (ext4, XFS, btrfs; GPT, MBR) in the cutover.",
+)
+@click.option(
     "--guest-cgroup",
     default=None,
     metavar="DIR",
@@ -178,6 +183,7 @@ def _message(
     compression: str,
     reuse_target: bool,
     verify: str,
+    resize: bool,
     guest_cgroup: str | None,
     guest_least_rate: int | None,
 ) -> pb.Migration:
@@ -197,6 +203,7 @@ def _message(
         compression=COMPRESSIONS[compression],
         reuse_target=reuse_target,
         verify=DEPTHS[verify],
+        resize=resize,
         guest_throttle=_guest_throttle(guest_cgroup, guest_least_rate),
     )
 

@@ -22,7 +22,7 @@ from agent.resize import filesystem, overlay, window
 from agent.resize.loop import attached
 from agent.resize.overlay import Overlay
 from agent.resize.tool import ToolError, Tools, find
-from agent.superblock import Content, Kind
+from agent.superblock import SIZED, Content, Kind
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
 
@@ -33,10 +33,13 @@ _TAIL_BYTES = 131072
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a program may take, and how long the kernel to let go of what was made."""
+    """How long a program may take, and how long the kernel to let go of what was made; what may
+    be grown here.
+    """
 
     program_seconds: float = 600.0
     end_seconds: float = 30.0
+    kinds: frozenset[Kind] = SIZED
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ def grow(
 
     `place` names files in the state directory, of this volume only; they are removed unless the
     device could be neither grown nor brought back. FailedPrecondition GROW_UNSUPPORTED,
+    GROW_NOT_ALLOWED,
     TABLE_DAMAGED, FILE_SYSTEM_DAMAGED, GROW_FAILED: the device is as it was. DataLoss
     GROW_NOT_UNDONE: it is not.
     """
@@ -222,6 +226,7 @@ class _Attempt:
 def _prepare(changes: Overlay, data_bytes: int, place: Path, limits: Limits) -> _Attempt:
     layout = find_layout(changes.read, data_bytes, changes.sector_bytes)
     layout.check_growable()
+    _check_allowed(layout.content.kind, limits)
     _check_host(layout.content)
     table = layout.table.grown(changes.size_bytes)
     former, last = layout.table.last, table.last
@@ -247,6 +252,16 @@ def _apply(changes: Overlay, path: str) -> None:
             changes.keep()
             raise _not_undone(path, failure) from error
         raise
+
+
+def _check_allowed(kind: Kind, limits: Limits) -> None:
+    if kind not in limits.kinds:
+        raise FailedPrecondition(
+            "GROW_NOT_ALLOWED",
+            f"the disk was not grown: this host's configuration does not allow that for {kind}; "
+            "grow it in the guest, or add it to resize.file_systems",
+            file_system=kind,
+        )
 
 
 def _check_host(content: Content) -> None:

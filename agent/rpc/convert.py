@@ -14,11 +14,12 @@ from agent.migration import (
     Migration,
     Plan,
     Progress,
+    Resize,
     Role,
     Scheme,
     Volume,
 )
-from agent.rpc.errors import to_status
+from agent.rpc.errors import from_status, to_status
 
 DEFAULT_BLOCK_BYTES = 4096
 DEFAULT_DOWNTIME_SECONDS = 0.5
@@ -92,6 +93,7 @@ def to_plan(request: migration_service_pb2.CreateMigrationRequest, chosen_id: st
         carrier=carrier,
         reuse_target=wanted.reuse_target,
         verify=DEPTHS[wanted.verify],
+        resize=wanted.resize,
         compress=wanted.compression == migration_pb2.COMPRESSION_ZSTD,
         guest_throttle=_to_throttle(wanted.guest_throttle)
         if wanted.HasField("guest_throttle")
@@ -124,6 +126,7 @@ def to_message(migration: Migration) -> migration_pb2.Migration:
         carrier_detail=migration.carrier_detail,
         reuse_target=plan.reuse_target,
         verify=VERIFIES[plan.verify],
+        resize=plan.resize,
         compression=migration_pb2.COMPRESSION_ZSTD
         if plan.compress
         else migration_pb2.COMPRESSION_NONE,
@@ -180,6 +183,7 @@ def _progress(progress: Progress) -> migration_pb2.Progress:
         resumed_saved_bytes=progress.resumed_saved_bytes,
         reconciled_bytes=progress.reconciled_bytes,
         unproved_bytes=progress.unproved_bytes,
+        resizes=[resize_message(one) for one in progress.resizes],
     )
     if progress.downtime_seconds is not None:
         message.downtime_parts.CopyFrom(
@@ -191,10 +195,35 @@ def _progress(progress: Progress) -> migration_pb2.Progress:
                 target_flush_seconds=parts.target_flush,
                 check_seconds=parts.check,
                 verify_seconds=parts.verify,
+                resize_seconds=parts.resize,
                 release_seconds=parts.release,
             )
         )
     return message
+
+
+def resize_message(resize: Resize) -> migration_pb2.Resize:
+    """Return what came of a resize as its message."""
+    message = migration_pb2.Resize(
+        file_system=resize.file_system,
+        before_bytes=resize.before_bytes,
+        after_bytes=resize.after_bytes,
+        seconds=resize.seconds,
+    )
+    if resize.error is not None:
+        message.error.CopyFrom(to_status(resize.error))
+    return message
+
+
+def to_resize(message: migration_pb2.Resize) -> Resize:
+    """Return what came of a resize, of its message."""
+    return Resize(
+        message.file_system,
+        message.before_bytes,
+        message.after_bytes,
+        message.seconds,
+        from_status(message.error) if message.HasField("error") else None,
+    )
 
 
 def _to_throttle(message: migration_pb2.GuestThrottle) -> GuestThrottle:

@@ -15,9 +15,9 @@ from agent.carrier.grpc import GrpcCarrier
 from agent.carrier.tcp import Offer, connect
 from agent.certificate import Signature
 from agent.errors import FailedPrecondition, Unavailable
-from agent.migration import CarrierKind, Identity, Role, Volume
+from agent.migration import CarrierKind, Identity, Resize, Role, Volume
 from agent.peer import Proof, Resumed, SessionRequest, TargetProof, Unread
-from agent.rpc.convert import VERIFIES
+from agent.rpc.convert import VERIFIES, to_resize
 from agent.rpc.errors import calling, from_rpc_error
 
 _log = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ EXPLAIN_SECONDS = 5.0
 PROVE_SECONDS = 3600.0
 """What was not read back while the guest ran is read then: a whole disk, if the cutover is forced
 early."""
+RESIZE_SECONDS = 6 * 3600.0
+"""Each program has its own limit there, and a dead agent is noticed by keepalive."""
 CALL_SECONDS = 30.0
 """Opening includes claiming devices; the release a last flush: still quick."""
 
@@ -131,6 +133,13 @@ class PeerClient:
             answer = await self._stub.ProveSession(request, timeout=PROVE_SECONDS)
         volumes = tuple(Proof(one.compared_bytes, one.root) for one in answer.volumes)
         return TargetProof(volumes, answer.host, answer.agent_version)
+
+    async def resize(self, token: str, generation: int) -> tuple[Resize, ...]:
+        """See `agent.peer.Peer`."""
+        request = pb.ResizeSessionRequest(session_token=token, generation=generation)
+        with calling(self._address):
+            answer = await self._stub.ResizeSession(request, timeout=RESIZE_SECONDS)
+        return tuple(to_resize(one) for one in answer.resizes)
 
     async def release(
         self, token: str, generation: int, statement: bytes, signature: Signature

@@ -23,7 +23,7 @@ from agent.errors import DataLoss, FailedPrecondition, InvalidArgument, Warmsync
 from agent.migration import Depth, Identity, Role, Volume
 from agent.peer import SessionRequest
 from agent.registry import Registry
-from agent.rpc.convert import DEPTHS
+from agent.rpc.convert import DEPTHS, resize_message
 from agent.state import State
 from agent.target import TargetSession
 from agent.version import agent_version
@@ -124,6 +124,13 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
             host=socket.gethostname(),
             agent_version=agent_version(),
         )
+
+    async def ResizeSession(
+        self, request: pb.ResizeSessionRequest, context: Any
+    ) -> pb.ResizeSessionResponse:
+        """Grow what is on the targets."""
+        resizes = await self._registry.session(request.session_token).resize(request.generation)
+        return pb.ResizeSessionResponse(resizes=[resize_message(one) for one in resizes])
 
     async def ReleaseSession(
         self, request: pb.ReleaseSessionRequest, context: Any

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agent.config import AgentConfig
+from agent.config import AgentConfig, ResizeConfig
 from agent.device import identities
 from agent.errors import (
     DataLoss,
@@ -22,6 +22,7 @@ from agent.errors import (
     Unavailable,
     WarmsyncError,
 )
+from agent.growth import Growth
 from agent.journal import Journal
 from agent.migration import Depth, Role
 from agent.registry import Registry
@@ -319,6 +320,7 @@ def session_of(target: Path, device: BlockDevice) -> TargetSession:
         (str(target),),
         witness=witness,
         signer=signer(Role.TARGET),
+        growth=Growth(target.parent / "resize", record.plan, ResizeConfig()),
     )
 
 
