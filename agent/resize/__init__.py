@@ -292,6 +292,6 @@ def _not_undone(path: str, error: Exception) -> DataLoss:
     return DataLoss(
         "GROW_NOT_UNDONE",
         f"{path} was being grown and could not be brought back: {error}; do not boot from it, "
-        "roll back to the source",
+        "mend the disk, then resume the migration",
         path=path,
     )

@@ -22,7 +22,7 @@ from agent.cutover import Cutover
 from agent.disk import SourceDisk, open_source
 from agent.errors import WarmsyncError
 from agent.journal import Journal
-from agent.migration import Depth, Plan, Role, Scheme, Volume
+from agent.migration import Depth, Plan, Resize, Role, Scheme, Volume
 from agent.peer import Proof, Resumed, SessionRequest, TargetProof, Unread
 from agent.proof import SourceProof
 from agent.sender import Sender, Workshop
@@ -126,6 +126,7 @@ class FakePeer:
         self.before: dict[str, Hook] = {}
         self.heard = Bell()
         self.released = False
+        self.resizes: tuple[Resize, ...] = ()
         self.proofs = tuple(Proof(0, b"") for _ in carrier.devices)
 
     async def open_session(self, request: SessionRequest) -> str:
@@ -155,6 +156,10 @@ class FakePeer:
     async def prove(self, token: str, generation: int) -> TargetProof:
         await self._answer("prove", f"prove {generation}")
         return TargetProof(self.proofs, "there", "1.0")
+
+    async def resize(self, token: str, generation: int) -> tuple[Resize, ...]:
+        await self._answer("resize", f"resize {generation}")
+        return self.resizes
 
     async def release(
         self, token: str, generation: int, statement: bytes, signature: Signature
@@ -242,6 +247,7 @@ class Source:
             lambda: "token",
             prove=lambda: proof.prove(self.peer, "token", 0.0),
             signer=SIGNER,
+            resize=self.plan.resize,
         )
 
     def migration(self, brake: Brake | None = None) -> SourceMigration:

@@ -19,11 +19,12 @@ from agent.migration import (
     Mismatch,
     Plan,
     Progress,
+    Resize,
     Role,
     Scheme,
     Volume,
 )
-from agent.rpc.convert import id_of, to_comparison, to_message, to_plan
+from agent.rpc.convert import id_of, to_comparison, to_message, to_plan, to_resize
 from agent.rpc.errors import from_status
 from agent.state import State
 
@@ -39,6 +40,7 @@ PLAN = Plan(
     carrier=CarrierKind.TCP,
     compress=True,
     guest_throttle=GuestThrottle("/vm", 7),
+    resize=True,
 )
 NUMBERS = Progress(1, 2, 3, 4, 5, 6, 7.5, 8.5, 0.5, None, DowntimeParts(), True, "wait", 9, 10)
 SEEN = Migration(
@@ -95,7 +97,7 @@ def test_states(state: State) -> None:
 def test_every_number_arrives() -> None:
     progress = to_message(SEEN).progress
     for field in fields(Progress):
-        if field.name not in ("downtime_seconds", "downtime_parts"):
+        if field.name not in ("downtime_seconds", "downtime_parts", "resizes"):
             assert getattr(progress, field.name) == getattr(NUMBERS, field.name), field.name
     assert not progress.HasField("downtime_seconds")
     assert not progress.HasField("downtime_parts")
@@ -110,6 +112,16 @@ def test_the_parts_of_the_downtime() -> None:
         assert getattr(message.downtime_parts, f"{field.name}_seconds") == getattr(
             parts, field.name
         )
+
+
+def test_what_came_of_a_resize_there_and_back() -> None:
+    resizes = (Resize("xfs", 1, 2, 0.5), Resize(error=FailedPrecondition("GROW_FAILED", "no", a=1)))
+    progress = replace(NUMBERS, resizes=resizes)
+    grown, failed = to_message(replace(SEEN, progress=progress)).progress.resizes
+    assert to_resize(grown) == resizes[0]
+    error = to_resize(failed).error
+    assert isinstance(error, FailedPrecondition)
+    assert (error.reason, str(error), error.values) == ("GROW_FAILED", "no", {"a": "1"})
 
 
 def test_what_was_not_measured_is_absent() -> None:
