@@ -1,4 +1,4 @@
-"""The target's part in a resize: what is on its devices grown, after the proof and before the release.
+"""The target's part in a resize: what is on its devices is grown between proof and release.
 
 Owns the thread that does it and where its files are. Says of each volume what came of it; whether
 the target may still be released is for the session. Never writes unless it was asked to.

@@ -55,8 +55,8 @@ class SourceRecord:
 @dataclass(frozen=True, slots=True)
 class TargetRecord:
     """A session at its target. `generation` is the last that is durable; `boot_id` and `devices`
-    are of when it was written down, as a source's are; `certificate` is there once it is released; `resizing`: a resize was begun, so what is
-    there is not what was acknowledged.
+    are of when it was written down, as a source's are; `certificate` is there once it is released;
+    `resizing`: a resize was begun, so what is there is not what was acknowledged.
     """
 
     plan: Plan

@@ -84,7 +84,9 @@ _PASSING = frozenset(
 """What another connection may mend, beside all that is Unavailable: damage on the way."""
 _REFUSALS = frozenset({"NOT_QUIESCED", "COPIES_DIFFER", "SOURCE_UNREADABLE"})
 """What makes a cutover come to nothing, and syncing go on."""
-_MENDABLE = frozenset({"TARGET_IO_ERROR", "DISK_FULL", "STATE_NOT_KEPT", "TARGET_NOT_CLAIMED", "GROW_NOT_UNDONE"})
+_MENDABLE = frozenset(
+    {"TARGET_IO_ERROR", "DISK_FULL", "STATE_NOT_KEPT", "TARGET_NOT_CLAIMED", "GROW_NOT_UNDONE"}
+)
 """What a person has to mend at the target: the migration pauses."""
 
 

@@ -1,4 +1,4 @@
-"""A resize between the proof and the release: who owns meanwhile, and what is believed afterwards."""
+"""A resize between proof and release: who owns meanwhile, and what is believed afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from agent.statement import canonical
 from agent.superblock import Kind
 from agent.target import TargetSession
 from native.blockio import BlockDevice
-from tests.agent.carriers.rig import SIZE, frame_of, image, request
+from tests.agent.carriers.rig import SIZE, frame_of, image, request, until
 from tests.agent.certificates import signer, statement_of
 from tests.agent.ends import Source, source
 from tests.agent.rpc_helpers import run
@@ -69,9 +69,7 @@ def test_not_asked_for_it_is_not_done(end: Source) -> None:
     run(main)
 
 
-def test_the_resize_is_a_part_of_the_downtime(
-    end: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_resize_is_a_part_of_the_downtime(end: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     clock = type("clock", (), {"monotonic": staticmethod(lambda: now[0])})
     monkeypatch.setattr(cutover_module, "time", clock)
@@ -135,13 +133,11 @@ def test_a_target_that_could_not_be_brought_back_pauses_and_leaves_the_source_th
         migration = end.migration()
         end.peer.errors["resize"] = [NOT_UNDONE]
         migration.start()
-        while migration.state is not State.CONVERGED:
-            await migration.bell.wait(migration.bell.count)
+        await until(migration.bell, lambda: migration.state is State.CONVERGED)
         with pytest.raises(DataLoss) as caught:
             await migration.cut_over(force=False)
         assert caught.value.reason == "GROW_NOT_UNDONE"
-        while migration.state is not State.PAUSED:
-            await migration.bell.wait(migration.bell.count)
+        await until(migration.bell, lambda: migration.state is State.PAUSED)
         assert not end.is_fenced()
         assert migration.snapshot().refusal is caught.value
         assert releases(end) == []

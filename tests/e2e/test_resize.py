@@ -132,9 +132,7 @@ def test_each_of_several_volumes_is_told_of(
         assert disks.is_free(target.path)
 
 
-def test_a_rollback_of_a_resized_target(
-    pair: Pair, move: Callable[..., tuple[Disk, Disk]]
-) -> None:
+def test_a_rollback_of_a_resized_target(pair: Pair, move: Callable[..., tuple[Disk, Disk]]) -> None:
     source, target = move()
     shown = cut_over(pair, (source, target))
     assert pair.source.ask("rollback", shown["id"])["state"] == "ROLLED_BACK"
