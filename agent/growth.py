@@ -47,11 +47,6 @@ class Growth:
         self._running = _on_thread(lambda: self._grow(devices))
         return self._running
 
-    async def ended(self) -> None:
-        """Wait until no thread is at it any more."""
-        if self._running is not None:
-            await asyncio.wait([self._running])
-
     def close(self, devices: Sequence[BlockDevice]) -> None:
         """Close devices once no thread is at it any more; at once, if none is."""
         if self._running is None or self._running.done():

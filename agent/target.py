@@ -232,7 +232,6 @@ class TargetSession:
     async def _claim_again(self) -> None:
         """Open the devices anew: what was mended, or put in place again, is another device."""
         await self._witness.stop()
-        await self._growth.ended()
         for device in self._devices:
             device.close()
         self._devices = []
