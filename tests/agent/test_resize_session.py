@@ -13,7 +13,9 @@ import pytest
 
 from agent import cutover as cutover_module
 from agent import resize
+from agent.config import ResizeConfig
 from agent.errors import DataLoss, FailedPrecondition, Unavailable, WarmsyncError
+from agent.growth import Growth
 from agent.imprint import read_root
 from agent.migration import Depth, Resize, Role
 from agent.partitions import Scheme
@@ -24,7 +26,7 @@ from agent.resize import GrowReport
 from agent.state import State
 from agent.statement import canonical
 from agent.superblock import Kind
-from agent.target import TargetSession
+from agent.target import TargetSession, claim, new_session
 from native.blockio import BlockDevice
 from tests.agent.carriers.rig import SIZE, frame_of, image, request, until
 from tests.agent.certificates import signer, statement_of
@@ -325,6 +327,19 @@ def test_a_source_that_comes_back_waits_for_the_resize(
         assert slow.failures == []
 
     trial(target, steps)
+
+
+def test_what_a_dying_program_holds_is_waited_for(target: Path) -> None:
+    plan = new_session(request([target])).plan
+    growth = Growth(target.parent / "resize", plan, ResizeConfig())
+    held = BlockDevice(str(target), writable=True, exclusive=True)
+    with pytest.raises(FailedPrecondition):  # held by somebody else
+        claim(plan.volumes, (str(target),), None)
+    release_later = threading.Timer(0.3, held.close)
+    release_later.start()
+    for device in claim(plan.volumes, (str(target),), growth):
+        device.close()
+    release_later.join()
 
 
 def test_what_came_of_it_is_written_down(target: Path) -> None:
