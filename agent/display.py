@@ -15,15 +15,17 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from warmsync.v1 import migration_pb2
 from warmsync.v1.migration_pb2 import Migration
 
 from agent.units import format_bytes, format_rate, format_seconds
-from agent.view import migration_id, state_name, tracker_name
+from agent.view import migration_id, owner_name, state_name, step_name, tracker_name
 
 LINE_INTERVAL_SECONDS = 1.0
 # Without any event: shows that it lives, and how far the round is.
 IDLE_INTERVAL_SECONDS = 10.0
 BAR_WIDTH = 40
+_HANDING_OVER = (migration_pb2.STATE_CUTTING_OVER, migration_pb2.STATE_CUT_OVER)
 
 _STYLES = {"CONVERGED": "green", "CUT_OVER": "green", "COMPLETED": "green", "FAILED": "red"}
 
@@ -141,6 +143,7 @@ def line(migration: Migration) -> str:
     progress = migration.progress
     facts = [
         f"{migration_id(migration)} {state_name(migration.state)}",
+        *_ownership(migration),
         f"round {progress.rounds}",
         f"{round(100 * _round_share(migration))}% of {format_bytes(progress.round_bytes)}",
         f"dirty {format_bytes(progress.dirty_bytes)}",
@@ -162,6 +165,7 @@ def picture(migration: Migration) -> Group:
         (migration_id(migration), "bold"),
         "  ",
         (state, _STYLES.get(state, "yellow")),
+        "".join(f"  {fact}" for fact in _ownership(migration)),
         f"  round {progress.rounds}  tracker {tracker_name(migration)}",
     )
     parts: list[Any] = [head, _bar(migration), _figures(migration)]
@@ -196,6 +200,14 @@ def _figures(migration: Migration) -> Text:
     )
 
 
+def _ownership(migration: Migration) -> list[str]:
+    """Return who owns the disks, once that can change by itself, and what is being done."""
+    step = step_name(migration)
+    if not step and migration.state not in _HANDING_OVER:
+        return []
+    return [f"owner {owner_name(migration)}", *([step] if step else [])]
+
+
 def _downtime(migration: Migration) -> str:
     progress = migration.progress
     budget = f"(budget {format_seconds(migration.max_downtime_seconds)})"
@@ -221,6 +233,8 @@ def _worth_saying(migration: Migration) -> tuple[Any, ...]:
     progress = migration.progress
     return (
         migration.state,
+        migration.owner,
+        migration.cutover_step,
         progress.rounds,
         progress.stalled,
         progress.suspect_volumes,

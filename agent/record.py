@@ -16,14 +16,17 @@ from agent.migration import (
     Depth,
     DowntimeParts,
     GuestThrottle,
+    Mode,
     Plan,
     Progress,
     Scheme,
+    Step,
     Volume,
 )
 from agent.state import Entry, State
 
 _Record = TypeVar("_Record")
+_ERRORS = ("error", "stopped", "boot_error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class SourceRecord:
 
     `devices` is what each source was (major, minor, disk sequence); `epoch` counts the connections
     to the target; `releasing`: the fence may be up and the target asked to take over; `opening`:
-    how fast round 0 was.
+    how fast round 0 was; `step`, `attempt` and `stopped` are the autopilot's.
     """
 
     plan: Plan
@@ -49,12 +52,16 @@ class SourceRecord:
     opening: Sample | None = None
     error: WarmsyncError | None = None
     certificate: str = ""
+    step: Step = Step.NONE
+    attempt: int = 0
+    stopped: WarmsyncError | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TargetRecord:
     """A session at its target. `generation` is the last that is durable; `boot_id` and `devices`
     are of when it was written down, as a source's are; `certificate` is there once it is released.
+    `boot_attempt` is the last that was begun; it has ended once there are seconds or an error.
     """
 
     plan: Plan
@@ -67,18 +74,25 @@ class TargetRecord:
     boot_id: str = ""
     devices: tuple[tuple[int, int, int], ...] = ()
     certificate: str = ""
+    boot_attempt: int = 0
+    boot_seconds: float | None = None
+    boot_error: WarmsyncError | None = None
 
 
 def dump(record: SourceRecord | TargetRecord) -> dict[str, Any]:
     """Return a record as values that JSON knows."""
-    found = asdict(replace(record, error=None))  # an exception cannot be copied
-    found["error"] = None if record.error is None else _dump_error(record.error)
+    errors_in = [name for name in _ERRORS if hasattr(record, name)]
+    bare: dict[str, Any] = dict.fromkeys(errors_in)
+    found = asdict(replace(record, **bare))  # an exception cannot be copied
+    for name in errors_in:
+        error = getattr(record, name)
+        found[name] = None if error is None else _dump_error(error)
     return found
 
 
 def load_source(values: dict[str, Any]) -> SourceRecord:
     """Return a source's record. ValueError."""
-    return _load(SourceRecord, values, scheme=Scheme, devices=_pairs, opening=_opening)
+    return _load(SourceRecord, values, scheme=Scheme, devices=_pairs, opening=_opening, step=Step)
 
 
 def load_target(values: dict[str, Any]) -> TargetRecord:
@@ -91,7 +105,7 @@ def _load(kind: type[_Record], values: dict[str, Any], **readers: Any) -> _Recor
         "plan": _plan,
         "history": _history,
         "progress": _progress,
-        "error": _error,
+        **dict.fromkeys(_ERRORS, _error),
         **readers,
     }
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
@@ -114,6 +128,7 @@ def _plan(values: dict[str, Any]) -> Plan:
         "scheme": Scheme(values["scheme"]),
         "carrier": CarrierKind(values["carrier"]),
         "verify": Depth(values.get("verify", Depth.NONE)),
+        "mode": Mode(values.get("mode", Mode.MANUAL)),
         "guest_throttle": None if throttle is None else GuestThrottle(**throttle),
     }
     return Plan(**known)
