@@ -74,13 +74,14 @@ class LiveDisplay:
 
 
 class LineDisplay:
-    """A line when something worth saying changed, at most one a second."""
+    """A line when something worth saying changed, at most one a second; at once who owns."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
         self._said: tuple[Any, ...] | None = None
         self._said_at = 0.0
+        self._urgent: tuple[int, int] = (0, 0)
         self._newest: Migration | None = None
 
     def update(self, migration: Migration) -> None:
@@ -88,6 +89,7 @@ class LineDisplay:
         self._newest = migration
         silence = self._clock() - self._said_at
         news = _worth_saying(migration) != self._said and silence >= LINE_INTERVAL_SECONDS
+        news = news or _urgent(migration) != self._urgent
         if self._said is None or news or silence >= IDLE_INTERVAL_SECONDS:
             self._say(migration)
 
@@ -102,6 +104,7 @@ class LineDisplay:
 
     def _say(self, migration: Migration) -> None:
         self._said, self._said_at = _worth_saying(migration), self._clock()
+        self._urgent = _urgent(migration)
         self._console.print(line(migration), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -227,6 +230,10 @@ def _round_share(migration: Migration) -> float:
     if progress.round_bytes <= 0:
         return 1.0
     return min(1.0, progress.round_done_bytes / progress.round_bytes)
+
+
+def _urgent(migration: Migration) -> tuple[int, int]:
+    return migration.owner, migration.cutover_step
 
 
 def _worth_saying(migration: Migration) -> tuple[Any, ...]:

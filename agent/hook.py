@@ -133,9 +133,10 @@ class HookRun:
 
     async def stop(self) -> None:
         """End it with all that it has started in its own process group. Safe at any time."""
-        if not self.is_running:
+        pid = self._pid() if self.is_running else 0
+        self._reap()
+        if not pid:
             return
-        pid = self._pid()
         for number, seconds in ((signal.SIGTERM, _TERM_SECONDS), (signal.SIGKILL, 1.0)):
             with suppress(ProcessLookupError):
                 os.killpg(pid, number)
