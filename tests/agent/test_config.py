@@ -10,6 +10,7 @@ import pytest
 
 from agent.config import (
     AgentConfig,
+    HooksConfig,
     LimitsConfig,
     QemuConfig,
     TlsConfig,
@@ -96,8 +97,8 @@ def test_example_is_the_defaults() -> None:
 def test_example_explains_every_setting() -> None:
     text = EXAMPLE.read_text()
     names = {field.name for field in dataclasses.fields(AgentConfig)}
-    names -= {"transfer", "limits", "qemu"}
-    for kind in (TlsConfig, TransferConfig, LimitsConfig, QemuConfig):
+    names -= {"transfer", "limits", "qemu", "hooks"}
+    for kind in (TlsConfig, TransferConfig, LimitsConfig, QemuConfig, HooksConfig):
         names |= {
             field.name.removesuffix("_bytes_per_second") for field in dataclasses.fields(kind)
         }

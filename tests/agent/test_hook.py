@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from agent import hook as hook_module
 from agent.errors import FailedPrecondition
 from agent.hook import Hook, HookRun, values_of
 from tests.e2e.agents import eventually
@@ -20,8 +21,9 @@ Make = Callable[..., HookRun]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Return a hook of a script's lines."""
+    monkeypatch.setattr(hook_module, "_TERM_SECONDS", 0.3)
 
     def hook(text: str, limit_seconds: float = 30.0) -> HookRun:
         path = tmp_path / "hook"
