@@ -22,6 +22,7 @@ from examples.controller.plan import Evacuation, Machine, load
 
 RETRY_SECONDS = 1.0
 _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_AGAIN = (*_PASSING, grpc.StatusCode.FAILED_PRECONDITION)
 _OVER = (pb.STATE_FAILED, pb.STATE_CANCELLED, pb.STATE_ROLLED_BACK)
 
 
@@ -55,20 +56,22 @@ class Controller:
 
     async def _move(self, vm: Machine) -> None:
         """Begin, or find what was begun before, and drive it to its end. Again, if it failed."""
-        for _ in range(self._plan.tries):
-            await self._create(vm)
-            last = await self._drive(vm)
+        for attempt in range(1, self._plan.tries + 1):
+            name = vm.migration(attempt)
+            await self._create(vm, name)
+            last = await self._drive(vm, name)
             if last.state == pb.STATE_COMPLETED:
                 return
-            say(vm, f"{name_of(last)}: {last.error.message}")
-            await self._agent.DeleteMigration(service.DeleteMigrationRequest(name=last.name))
-        raise NeedsAPerson(f"its migration ended {self._plan.tries} times: see the agents' logs")
+            say(vm, f"{name} {name_of(last)} {last.error.message}")
+        raise NeedsAPerson(f"{self._plan.tries} migrations failed: see the agents' logs")
 
-    async def _create(self, vm: Machine) -> None:
-        volumes = [pb.Volume(source=source, target=target) for source, target in vm.volumes]
-        request = service.CreateMigrationRequest(
-            migration_id=vm.migration, migration=pb.Migration(peer=vm.peer, volumes=volumes)
+    async def _create(self, vm: Machine, name: str) -> None:
+        wanted = pb.Migration(
+            peer=vm.peer,
+            volumes=[pb.Volume(source=source, target=target) for source, target in vm.volumes],
+            max_downtime_seconds=self._plan.max_downtime_seconds,
         )
+        request = service.CreateMigrationRequest(migration_id=name, migration=wanted)
         while True:
             try:
                 await self._agent.CreateMigration(request, timeout=60)
@@ -82,33 +85,37 @@ class Controller:
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def _drive(self, vm: Machine) -> pb.Migration:
+    async def _drive(self, vm: Machine, name: str) -> pb.Migration:
         """Do what each state asks for until the migration has ended; return its last state."""
         refusals = 0
         while True:
             try:
-                async for answer in self._agent.WatchMigration(
-                    service.WatchMigrationRequest(name=f"migrations/{vm.migration}")
-                ):
-                    migration: pb.Migration = answer.migration
-                    if migration.state in (*_OVER, pb.STATE_COMPLETED):
-                        return migration
-                    if migration.state == pb.STATE_PAUSED and migration.HasField("last_refusal"):
-                        raise NeedsAPerson(migration.last_refusal.message)
-                    if migration.state in (pb.STATE_CONVERGED, pb.STATE_CUT_OVER):
-                        await self._act(vm, migration)
-                        # What the stream holds by now is old: ask anew.
-                        break
+                last = await self._watch(vm, name)
+                if last is not None:
+                    return last
             except grpc.aio.AioRpcError as error:
-                if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-                    # The VM still wrote, say; or somebody else did something meanwhile: look again.
-                    refusals += 1
-                    if refusals > self._plan.tries:
-                        raise NeedsAPerson(error.details()) from error
-                elif error.code() not in _PASSING:
+                if error.code() == grpc.StatusCode.NOT_FOUND:  # only the target knows of it
+                    return pb.Migration(state=pb.STATE_FAILED)
+                # The VM still wrote, say; or somebody else did something meanwhile: look again.
+                refusals += error.code() == grpc.StatusCode.FAILED_PRECONDITION
+                if refusals > self._plan.tries or error.code() not in _AGAIN:
                     raise
                 say(vm, f"again: {error.details()}")
                 await asyncio.sleep(RETRY_SECONDS)
+
+    async def _watch(self, vm: Machine, name: str) -> pb.Migration | None:
+        """Wait until there is something to do, and do it. Returns a migration that has ended."""
+        request = service.WatchMigrationRequest(name=f"migrations/{name}")
+        async for answer in self._agent.WatchMigration(request):
+            migration: pb.Migration = answer.migration
+            if migration.state in (*_OVER, pb.STATE_COMPLETED):
+                return migration
+            if migration.state == pb.STATE_PAUSED and migration.HasField("last_refusal"):
+                raise NeedsAPerson(migration.last_refusal.message)
+            if migration.state in (pb.STATE_CONVERGED, pb.STATE_CUT_OVER):
+                await self._act(vm, migration)
+                break  # what the stream holds by now is old
+        return None
 
     async def _act(self, vm: Machine, migration: pb.Migration) -> None:
         """Each step may be done twice: before a restart, and after it."""

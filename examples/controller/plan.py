@@ -17,10 +17,12 @@ class Machine:
     peer: str
     volumes: tuple[tuple[str, str], ...]
 
-    @property
-    def migration(self) -> str:
-        """Return the migration's id: the same after a restart, so nothing has to be remembered."""
-        return f"evacuate-{self.name}"
+    def migration(self, attempt: int) -> str:
+        """Return the id of an attempt, from 1: after a restart the same, so nothing is remembered.
+
+        Each has its own, as both agents remember the ids of those that ended.
+        """
+        return f"evacuate-{self.name}" if attempt == 1 else f"evacuate-{self.name}-{attempt}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class Evacuation:
     tls: dict[str, str]
     at_once: int = 2
     tries: int = 3
+    max_downtime_seconds: float = 0.5
 
 
 def load(path: Path) -> Evacuation:
@@ -52,4 +55,5 @@ def load(path: Path) -> Evacuation:
         tls=found.get("tls", {}),
         at_once=found.get("at_once", 2),
         tries=found.get("tries", 3),
+        max_downtime_seconds=found.get("max_downtime_seconds", 0.5),
     )

@@ -20,13 +20,14 @@ from tests.e2e.disks import MIB
 
 SIZE = 8 * MIB
 GUEST = """
-import os, sys
+import os, sys, time
 path, off = sys.argv[1:]
 fd, number = os.open(path, os.O_RDWR), 0
 while not os.path.exists(off):
     number += 1
     os.pwrite(fd, number.to_bytes(8, "little") * 512, number % 64 * 4096)
     os.fsync(fd)
+    time.sleep(0.002)
 os.close(fd)
 """
 POWER_DOWN = """#!/bin/sh
@@ -73,6 +74,7 @@ class Rack:
             "source": self.pair.source.address,
             "at_once": 2,
             "tries": 2,
+            "max_downtime_seconds": 20,
             "power_down": [str(self.directory / "power-down")],
             "boot": [str(self.directory / "boot")],
             "vm": self.machines,
@@ -91,7 +93,9 @@ class Rack:
 
 def _end(process: subprocess.Popen[str]) -> None:
     process.kill()
-    process.communicate()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 @pytest.fixture
@@ -122,10 +126,10 @@ def test_killed_in_the_middle_it_goes_on(
     first = rack.start()
     eventually(rack.calls.read_text, lambda calls: "off" in calls)
     first.kill()
-    out, _ = first.communicate()
+    (rack.directory / "hold").unlink()
+    out, _ = first.communicate()  # once the power-down has ended as well
     assert "powering down" in out
     assert "evacuated" not in out
-    (rack.directory / "hold").unlink()
     second = rack.start()
     out, _ = second.communicate(timeout=2 * SECONDS)
     assert second.returncode == 0, out

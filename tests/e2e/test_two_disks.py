@@ -59,7 +59,8 @@ def volumes(loop_device: Callable[..., LoopDevice]) -> list[tuple[str, str]]:
     for source, target in made:
         content.fill(source, 1)
         with Disk(source, writable=True) as disk:
-            disk.write(0, bytes(SLOTS * RECORD))
+            for offset in range(0, SLOTS * RECORD, MIB):
+                disk.write(offset, bytes(MIB))
             os.fsync(disk.fd)
         disks.soil(target, 2)
     return made
