@@ -81,6 +81,19 @@ class ResizeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HooksConfig:
+    """Commands (with their arguments) of this host that a cutover `auto` runs, and their limits.
+
+    None: this host has no such hook. Never taken from a request.
+    """
+
+    quiesce: tuple[str, ...] = ()
+    quiesce_seconds: float = 120.0
+    boot: tuple[str, ...] = ()
+    boot_seconds: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
 class AgentConfig:
     """All settings of one agent."""
 
@@ -94,6 +107,7 @@ class AgentConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     qemu: QemuConfig = field(default_factory=QemuConfig)
     resize: ResizeConfig = field(default_factory=ResizeConfig)
+    hooks: HooksConfig = field(default_factory=HooksConfig)
 
     def merged(
         self,
@@ -186,6 +200,8 @@ def validate(config: AgentConfig) -> None:
     _check_range("limits.max_migrations", config.limits.max_migrations, 1, 1000)
     _check_range("limits.max_watches", config.limits.max_watches, 1, 10_000)
     _check_range("limits.bandwidth", config.limits.bandwidth_bytes_per_second, 0, (1 << 63) - 1)
+    _check_hook("hooks.quiesce", config.hooks.quiesce, config.hooks.quiesce_seconds)
+    _check_hook("hooks.boot", config.hooks.boot, config.hooks.boot_seconds)
 
 
 def _check_file_systems(names: tuple[str, ...]) -> None:
@@ -237,6 +253,15 @@ def _check_pattern(key: str, pattern: str) -> None:
         raise _invalid(key, pattern, mend)
 
 
+def _check_hook(key: str, command: tuple[str, ...], limit_seconds: float) -> None:
+    if command and not command[0].startswith("/"):
+        raise _invalid(key, command[0], "is not absolute: a command's path starts with /")
+    if any("\0" in word for word in command):
+        raise _invalid(key, command, "has a NUL in it: no command can be given one")
+    if not 0 < limit_seconds <= 86400:
+        raise _invalid(f"{key}_seconds", limit_seconds, "is out of range: above 0, up to 86400")
+
+
 def _check_range(key: str, value: int, lowest: int, highest: int) -> None:
     if not lowest <= value <= highest:
         raise _invalid(key, value, f"is out of range: give {lowest} to {highest}")
@@ -261,6 +286,12 @@ def _texts(key: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise _invalid(key, value, 'is not a list of texts: write ["...", "..."]')
     return tuple(value)
+
+
+def _seconds(key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _invalid(key, value, "is not a number of seconds: write one, without quotes")
+    return float(value)
 
 
 def _rate(key: str, value: object) -> int:
@@ -296,6 +327,13 @@ _KEYS: Mapping[str, Reader] = {
         checkpoint_bytes=_number,
     ),
     "qemu": _section(QemuConfig, sockets=_texts, nbd_sockets=_texts, run_dir=_text),
+    "hooks": _section(
+        HooksConfig,
+        quiesce=_texts,
+        quiesce_seconds=_seconds,
+        boot=_texts,
+        boot_seconds=_seconds,
+    ),
     "limits": _section(_limits, max_migrations=_number, max_watches=_number, bandwidth=_rate),
     "resize": _section(ResizeConfig, file_systems=_texts, program_seconds=_number),
 }

@@ -15,15 +15,17 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from warmsync.v1 import migration_pb2
 from warmsync.v1.migration_pb2 import Migration
 
 from agent.units import format_bytes, format_rate, format_seconds
-from agent.view import migration_id, state_name, tracker_name
+from agent.view import migration_id, owner_name, state_name, step_name, tracker_name
 
 LINE_INTERVAL_SECONDS = 1.0
 # Without any event: shows that it lives, and how far the round is.
 IDLE_INTERVAL_SECONDS = 10.0
 BAR_WIDTH = 40
+_HANDING_OVER = (migration_pb2.STATE_CUTTING_OVER, migration_pb2.STATE_CUT_OVER)
 
 _STYLES = {"CONVERGED": "green", "CUT_OVER": "green", "COMPLETED": "green", "FAILED": "red"}
 
@@ -72,13 +74,14 @@ class LiveDisplay:
 
 
 class LineDisplay:
-    """A line when something worth saying changed, at most one a second."""
+    """A line when something worth saying changed, at most one a second; at once who owns."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
         self._said: tuple[Any, ...] | None = None
         self._said_at = 0.0
+        self._urgent: tuple[int, int] = (0, 0)
         self._newest: Migration | None = None
 
     def update(self, migration: Migration) -> None:
@@ -86,6 +89,7 @@ class LineDisplay:
         self._newest = migration
         silence = self._clock() - self._said_at
         news = _worth_saying(migration) != self._said and silence >= LINE_INTERVAL_SECONDS
+        news = news or _urgent(migration) != self._urgent
         if self._said is None or news or silence >= IDLE_INTERVAL_SECONDS:
             self._say(migration)
 
@@ -100,6 +104,7 @@ class LineDisplay:
 
     def _say(self, migration: Migration) -> None:
         self._said, self._said_at = _worth_saying(migration), self._clock()
+        self._urgent = _urgent(migration)
         self._console.print(line(migration), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -141,6 +146,7 @@ def line(migration: Migration) -> str:
     progress = migration.progress
     facts = [
         f"{migration_id(migration)} {state_name(migration.state)}",
+        *_ownership(migration),
         f"round {progress.rounds}",
         f"{round(100 * _round_share(migration))}% of {format_bytes(progress.round_bytes)}",
         f"dirty {format_bytes(progress.dirty_bytes)}",
@@ -162,6 +168,7 @@ def picture(migration: Migration) -> Group:
         (migration_id(migration), "bold"),
         "  ",
         (state, _STYLES.get(state, "yellow")),
+        "".join(f"  {fact}" for fact in _ownership(migration)),
         f"  round {progress.rounds}  tracker {tracker_name(migration)}",
     )
     parts: list[Any] = [head, _bar(migration), _figures(migration)]
@@ -196,6 +203,14 @@ def _figures(migration: Migration) -> Text:
     )
 
 
+def _ownership(migration: Migration) -> list[str]:
+    """Return who owns the disks, once that can change by itself, and what is being done."""
+    step = step_name(migration)
+    if not step and migration.state not in _HANDING_OVER:
+        return []
+    return [f"owner {owner_name(migration)}", *([step] if step else [])]
+
+
 def _downtime(migration: Migration) -> str:
     progress = migration.progress
     budget = f"(budget {format_seconds(migration.max_downtime_seconds)})"
@@ -217,10 +232,16 @@ def _round_share(migration: Migration) -> float:
     return min(1.0, progress.round_done_bytes / progress.round_bytes)
 
 
+def _urgent(migration: Migration) -> tuple[int, int]:
+    return migration.owner, migration.cutover_step
+
+
 def _worth_saying(migration: Migration) -> tuple[Any, ...]:
     progress = migration.progress
     return (
         migration.state,
+        migration.owner,
+        migration.cutover_step,
         progress.rounds,
         progress.stalled,
         progress.suspect_volumes,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from agent.bell import Bell
 from agent.disk import SourceDisk
 from agent.errors import FailedPrecondition, WarmsyncError
-from agent.migration import Comparison, Migration, Role
+from agent.migration import Comparison, Migration, Mode, Owner, Role
 from agent.migration import Event as Entered
 from agent.record import SourceRecord
 from agent.state import Entry, Event, Machine, State
@@ -47,7 +47,20 @@ class Ended:
             progress=record.progress,
             history=tuple(Entered(e.state, e.at_seconds) for e in record.history),
             error=record.error,
+            refusal=record.stopped,
+            owner=self.owner,
+            step=record.step,
         )
+
+    @property
+    def owner(self) -> Owner:
+        """Who may write to the disks."""
+        if self.state.is_handed_over:
+            return Owner.TARGET
+        error = self.record.error
+        unsure = self.state is State.CUTTING_OVER and self.record.releasing
+        unsure |= error is not None and error.reason == "OWNER_UNKNOWN"
+        return Owner.NOBODY if unsure else Owner.SOURCE
 
     @property
     def certificate(self) -> str:
@@ -71,6 +84,14 @@ class Ended:
             f"migration {self.id} is {self.state}; only a running one can be changed",
             state=self.state,
         )
+
+    def check_mode(self, mode: Mode) -> None:  # noqa: ARG002
+        """Refuse."""
+        self.update(None, None)
+
+    async def set_mode(self, mode: Mode) -> None:  # noqa: ARG002
+        """Refuse."""
+        self.update(None, None)
 
     def pause(self) -> None:
         """Refuse."""

@@ -1,4 +1,4 @@
-"""What the agent must know after its own death: one record a migration and end, in SQLite.
+"""What the agent must know after its own death, in SQLite: a record a migration and end, totals.
 
 Owns the database in the state directory. A record that was saved is on the disk when `save`
 returns; only then may anybody be told. What the records mean is for `agent.record` to say.
@@ -11,7 +11,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ VERSION = 1
 NAME = "journal.db"
 _WAL_PAGES = 64
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS migration (
-    role TEXT NOT NULL, id TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (role, id)
-) STRICT
-"""
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS migration ("
+    "role TEXT NOT NULL, id TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (role, id)) STRICT",
+    "CREATE TABLE IF NOT EXISTS total (name TEXT PRIMARY KEY, value REAL NOT NULL) STRICT",
+)
 
 
 class Journal:
@@ -49,14 +49,36 @@ class Journal:
             except sqlite3.DatabaseError as error:
                 self._database = _open_anew(path, error)
 
-    def save(self, role: Role, name: str, record: dict[str, Any]) -> None:
-        """Make a record durable in place of the one before. ResourceExhausted STATE_DIR_FULL."""
+    def save(
+        self,
+        role: Role,
+        name: str,
+        record: dict[str, Any],
+        counted: Mapping[str, float] | None = None,
+    ) -> None:
+        """Make a record durable in place of the one before. ResourceExhausted STATE_NOT_KEPT.
+
+        `counted` is added to the totals at one with it: what the record says is counted once.
+        """
         with self._writing() as database:
             database.execute(
                 "INSERT INTO migration VALUES (?, ?, ?) "
                 "ON CONFLICT (role, id) DO UPDATE SET record = excluded.record",
                 (role, name, json.dumps(record)),
             )
+            for total, value in (counted or {}).items():
+                database.execute(
+                    "INSERT INTO total VALUES (?, ?) "
+                    "ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+                    (total, value),
+                )
+
+    def totals(self) -> dict[str, float]:
+        """Return all that was counted so far."""
+        if self._database is None:
+            return {}
+        with self._lock:
+            return dict(self._database.execute("SELECT name, value FROM total").fetchall())
 
     def remove(self, role: Role, name: str) -> None:
         """Forget a record, if there is one."""
@@ -98,7 +120,7 @@ class _Nowhere:
     """Where nothing is kept."""
 
     @staticmethod
-    def execute(statement: str, values: tuple[str, ...]) -> None:
+    def execute(statement: str, values: tuple[object, ...]) -> None:
         """Keep nothing."""
 
 
@@ -125,7 +147,8 @@ def _open(path: Path) -> sqlite3.Connection:
         (version,) = database.execute("PRAGMA user_version").fetchone()
         if version not in (0, VERSION):
             raise sqlite3.DatabaseError(f"it is of version {version}, this agent's is {VERSION}")
-        database.execute(_SCHEMA)
+        for table in _SCHEMA:
+            database.execute(table)
         database.execute(f"PRAGMA user_version = {VERSION}")
         # Read now: what is damaged shall be known before anything is built on it.
         _read(database)

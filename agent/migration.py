@@ -82,6 +82,39 @@ class Depth(StrEnum):
     """Every byte: both roots."""
 
 
+class Mode(StrEnum):
+    """Who powers the VM down and asks for the cutover."""
+
+    MANUAL = "manual"
+    AUTO = "auto"
+    """The agents, by the hooks in their own configurations."""
+
+
+class Step(StrEnum):
+    """How far a cutover has come that the source's agent does by itself."""
+
+    NONE = ""
+    WAITING = "waiting"
+    """For convergence."""
+    QUIESCING = "quiescing"
+    """The source's quiesce hook powers the VM down; syncing goes on."""
+    CUTTING_OVER = "cutting over"
+    BOOTING = "booting"
+    """The target owns the disks; its boot hook runs."""
+    DONE = "done"
+    STOPPED = "stopped"
+    """It waits for a person: `refusal` says why."""
+
+
+class Owner(StrEnum):
+    """Who may write to the disks."""
+
+    SOURCE = "source"
+    TARGET = "target"
+    NOBODY = "nobody yet"
+    """The source is fenced, and the target has not said that it has taken over."""
+
+
 @dataclass(frozen=True, slots=True)
 class GuestThrottle:
     """Leave to slow the writes of a cgroup's processes, to each disk never below `least`."""
@@ -107,6 +140,19 @@ class Plan:
     reuse_target: bool = False
     verify: Depth = Depth.FULL
     resize: bool = False
+    mode: Mode = Mode.MANUAL
+    cold: bool = False
+    """The VM is off: one round, and cut over at once."""
+
+    @property
+    def boots(self) -> bool:
+        """Whether the target's boot hook is to run."""
+        return self.mode is Mode.AUTO
+
+    @property
+    def quiesces(self) -> bool:
+        """Whether the source's quiesce hook is to run."""
+        return self.mode is Mode.AUTO and not self.cold
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +209,9 @@ class Progress:
     reconciled_bytes: int = 0
     unproved_bytes: int = 0
     resizes: tuple[Resize, ...] = ()
+    quiesce_seconds: float | None = None
+    boot_seconds: float | None = None
+    downtime_saved_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +238,8 @@ class Migration:
     incomplete: bool = False
     carrier: str = ""
     carrier_detail: str = ""
+    owner: Owner = Owner.SOURCE
+    step: Step = Step.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +265,17 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Since the agent started."""
+    """Of all migrations from this host, kept across restarts. `moved_bytes` are those of the disks
+    that were cut over, downtimes are of their cutovers.
+    """
 
     migrations_started: int = 0
     migrations_cut_over: int = 0
     migrations_failed: int = 0
     sent_bytes: int = 0
+    moved_bytes: int = 0
+    downtime_seconds: float = 0.0
+    downtime_saved_seconds: float = 0.0
 
 
 def check_id(name: str) -> None:

@@ -109,6 +109,12 @@ class Peer(Protocol):
     async def abort(self, token: str, reason: str, *, cancelled: bool) -> None:
         """Give the session up: the target is released and marked incomplete. May be repeated."""
 
+    async def boot(self, token: str, attempt: int) -> float:
+        """Run the target's own boot hook; returns seconds. One that was begun is waited for.
+
+        Attempts count from 1; 0 only checks that there is a hook that can run.
+        """
+
     async def reclaim(self, token: str) -> None:
         """Claim the released target again, for a rollback. May be repeated."""
 

@@ -16,15 +16,18 @@ from agent.migration import (
     Depth,
     DowntimeParts,
     GuestThrottle,
+    Mode,
     Plan,
     Progress,
     Resize,
     Scheme,
+    Step,
     Volume,
 )
 from agent.state import Entry, State
 
 _Record = TypeVar("_Record")
+_ERRORS = ("error", "stopped", "boot_error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class SourceRecord:
 
     `devices` is what each source was (major, minor, disk sequence); `epoch` counts the connections
     to the target; `releasing`: the fence may be up and the target asked to take over; `opening`:
-    how fast round 0 was.
+    how fast round 0 was; `step`, `attempt` and `stopped` are the autopilot's.
     """
 
     plan: Plan
@@ -50,13 +53,17 @@ class SourceRecord:
     opening: Sample | None = None
     error: WarmsyncError | None = None
     certificate: str = ""
+    step: Step = Step.NONE
+    attempt: int = 0
+    stopped: WarmsyncError | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TargetRecord:
     """A session at its target. `generation` is the last that is durable; `boot_id` and `devices`
     are of when it was written down, as a source's are; `certificate` is there once it is released;
-    `resizing`: a resize was begun, so what is there is not what was acknowledged.
+    `resizing`: a resize was begun, so what is there is not what was acknowledged. `boot_attempt` is
+    the last that was begun; it has ended once there are seconds or an error.
     """
 
     plan: Plan
@@ -70,14 +77,20 @@ class TargetRecord:
     devices: tuple[tuple[int, int, int], ...] = ()
     certificate: str = ""
     resizing: bool = False
+    boot_attempt: int = 0
+    boot_seconds: float | None = None
+    boot_error: WarmsyncError | None = None
 
 
 def dump(record: SourceRecord | TargetRecord) -> dict[str, Any]:
     """Return a record as values that JSON knows."""
-    # An exception cannot be copied.
+    errors_in = [name for name in _ERRORS if hasattr(record, name)]
+    bare: dict[str, Any] = dict.fromkeys(errors_in)
     progress = replace(record.progress, resizes=())
-    found = asdict(replace(record, error=None, progress=progress))
-    found["error"] = _dump_error(record.error)
+    # An exception cannot be copied.
+    found = asdict(replace(record, progress=progress, **bare))
+    for name in errors_in:
+        found[name] = _dump_error(getattr(record, name))
     found["progress"]["resizes"] = [
         {**asdict(replace(one, error=None)), "error": _dump_error(one.error)}
         for one in record.progress.resizes
@@ -87,7 +100,7 @@ def dump(record: SourceRecord | TargetRecord) -> dict[str, Any]:
 
 def load_source(values: dict[str, Any]) -> SourceRecord:
     """Return a source's record. ValueError."""
-    return _load(SourceRecord, values, scheme=Scheme, devices=_pairs, opening=_opening)
+    return _load(SourceRecord, values, scheme=Scheme, devices=_pairs, opening=_opening, step=Step)
 
 
 def load_target(values: dict[str, Any]) -> TargetRecord:
@@ -100,7 +113,7 @@ def _load(kind: type[_Record], values: dict[str, Any], **readers: Any) -> _Recor
         "plan": _plan,
         "history": _history,
         "progress": _progress,
-        "error": _error,
+        **dict.fromkeys(_ERRORS, _error),
         **readers,
     }
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
@@ -123,6 +136,7 @@ def _plan(values: dict[str, Any]) -> Plan:
         "scheme": Scheme(values["scheme"]),
         "carrier": CarrierKind(values["carrier"]),
         "verify": Depth(values.get("verify", Depth.NONE)),
+        "mode": Mode(values.get("mode", Mode.MANUAL)),
         "guest_throttle": None if throttle is None else GuestThrottle(**throttle),
     }
     return Plan(**known)

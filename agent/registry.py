@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,6 +36,7 @@ from agent.errors import (
     WarmsyncError,
 )
 from agent.growth import Growth
+from agent.hook import Hook, HookRun
 from agent.journal import Journal
 from agent.migration import (
     PROTOCOL_VERSION,
@@ -98,7 +100,6 @@ class Registry:
         self._targets: dict[str, TargetSession] = {}
         # Devices of migrations that have not ended, and ids being created.
         self._taken: dict[tuple[Role, str], list[Identity]] = {}
-        self._started = 0
         self._closed = asyncio.Event()
         self._brakes = Path(config.state_dir) / "brakes"
         undo_left_behind(self._brakes)
@@ -109,6 +110,7 @@ class Registry:
         qemu = config.qemu
         self._qemus = Access(qemu.sockets, qemu.nbd_sockets, Path(qemu.run_dir), digest[:12])
         self._resizes = Path(config.state_dir) / "resize"
+        self._hooks = Path(config.state_dir) / "hooks"
         self._journal = Journal(Path(config.state_dir))
         self._written: dict[str, SourceRecord] = {}
         self._telling: set[asyncio.Task[None]] = set()
@@ -120,14 +122,22 @@ class Registry:
         return self._workshop
 
     def totals(self) -> Totals:
-        """Return the totals since the agent started, of migrations that it is the source of."""
-        states = [source.state for source in self._sources.values()]
-        handed_over = (State.CUT_OVER, State.COMPLETED, State.ROLLED_BACK)
+        """Return the totals of all migrations that this agent was the source of."""
+        counted = self._journal.totals()
+        # Those that go on are counted when they are handed over, or end.
+        sending = [
+            source.snapshot().progress.sent_bytes
+            for source in self._sources.values()
+            if not source.state.is_terminal and not source.state.is_handed_over
+        ]
         return Totals(
-            migrations_started=self._started,
-            migrations_cut_over=sum(state in handed_over for state in states),
-            migrations_failed=sum(state is State.FAILED for state in states),
-            sent_bytes=sum(s.snapshot().progress.sent_bytes for s in self._sources.values()),
+            migrations_started=int(counted.get("migrations_started", 0)),
+            migrations_cut_over=int(counted.get("migrations_cut_over", 0)),
+            migrations_failed=int(counted.get("migrations_failed", 0)),
+            sent_bytes=int(counted.get("sent_bytes", 0)) + sum(sending),
+            moved_bytes=int(counted.get("moved_bytes", 0)),
+            downtime_seconds=counted.get("downtime_seconds", 0.0),
+            downtime_saved_seconds=counted.get("downtime_saved_seconds", 0.0),
         )
 
     def all(self) -> list[End]:
@@ -274,10 +284,20 @@ class Registry:
             witness=witness,
             signer=self._signer,
             growth=self._make_growth(record.plan),
+            boot=HookRun(self._boot_hook(), self._hooks / f"{record.plan.id}-boot"),
         )
 
     def _make_growth(self, plan: Plan) -> Growth:
         return Growth(self._resizes, plan, self.config.resize)
+
+    def _boot_hook(self) -> Hook:
+        hooks = self.config.hooks
+        return Hook("boot", "target", hooks.boot, hooks.boot_seconds)
+
+    def _quiesce(self, name: str) -> HookRun:
+        hooks = self.config.hooks
+        hook = Hook("quiesce", "source", hooks.quiesce, hooks.quiesce_seconds)
+        return HookRun(hook, self._hooks / f"{name}-quiesce")
 
     def _make_witness(self, plan: Plan, *, live: bool = True) -> Witness:
         stores = [Store(self._digests, f"{plan.id}-{i}") for i in range(len(plan.volumes))]
@@ -340,6 +360,7 @@ class Registry:
             brake,
             restored=record,
             suspect=suspect,
+            quiesce=self._quiesce(plan.id),
         )
 
     def _find_brake_again(self, plan: Plan, disks: list[SourceDisk]) -> Brake | None:
@@ -373,7 +394,9 @@ class Registry:
         """Write down that a migration could not be taken up, and let its target go."""
         record = source.record
         try:
-            self._journal.save(Role.SOURCE, source.id, dump(record))
+            failed = record.history[-1].state is State.FAILED
+            counted = {"migrations_failed": 1.0, "sent_bytes": record.progress.sent_bytes}
+            self._journal.save(Role.SOURCE, source.id, dump(record), counted if failed else None)
             if record.history[-1].state is not State.FAILED:
                 return
             peer = self._connect(record.plan.peer)
@@ -396,7 +419,7 @@ class Registry:
             prepared = await self._prepare(plan)
             migration = SourceMigration(prepared, self._workshop, self._journal)
             try:
-                migration.write_down()
+                migration.write_down({"migrations_started": 1})
             except WarmsyncError as error:
                 await self._undo([], prepared.disks, prepared.peer, prepared.secret, error)
                 prepared = None
@@ -405,7 +428,6 @@ class Registry:
             if prepared is None:
                 del self._taken[Role.SOURCE, plan.id]
         self._sources[plan.id] = migration
-        self._started += 1
         migration.start()
         return migration
 
@@ -471,6 +493,8 @@ class Registry:
         role = end.snapshot().role
         self._taken.pop((role, name), None)
         self._journal.remove(role, name)
+        hook = "quiesce" if role is Role.SOURCE else "boot"
+        shutil.rmtree(self._hooks / f"{name}-{hook}", ignore_errors=True)
         (self._sources if role is Role.SOURCE else self._targets).pop(name)
 
     async def close(self) -> None:
@@ -490,6 +514,8 @@ class Registry:
             self._pins.rmdir()
 
     async def _prepare(self, plan: Plan) -> Prepared:
+        if plan.quiesces:
+            self._quiesce(plan.id).hook.check()
         sources = await self._open_sources(plan)
         disks: list[SourceDisk] = []
         peer: Peer | None = None
@@ -513,11 +539,27 @@ class Registry:
                     await asyncio.to_thread(disks[-1].start)
             finally:
                 secret = await opening
+            if plan.boots:
+                await peer.boot(session_token(secret, 1), 0)
+            if plan.cold:
+                for disk in disks:
+                    await asyncio.to_thread(disk.check_unclaimed)
             self._check_running()
         except BaseException as error:
             await self._undo(sources, disks, peer, secret, error)
             raise
-        return Prepared(plan, scheme, reason, disks, peer, secret, request, self._signer, brake)
+        return Prepared(
+            plan,
+            scheme,
+            reason,
+            disks,
+            peer,
+            secret,
+            request,
+            self._signer,
+            brake,
+            quiesce=self._quiesce(plan.id),
+        )
 
     def _find_brake(self, plan: Plan, sources: list[OpenSource]) -> Brake | None:
         if plan.guest_throttle is None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from agent.autopilot import FLYING, Autopilot
 from agent.brake import Brake
 from agent.certificate import dump as dump_certificate
 from agent.cutover import Cutover, unknown_owner
@@ -28,13 +29,17 @@ from agent.errors import (
 )
 from agent.estimate import Sample
 from agent.guest import Guest
+from agent.hook import HookRun, no_hook, values_of
 from agent.journal import Journal
 from agent.migration import (
     Comparison,
     Migration,
+    Mode,
+    Owner,
     Plan,
     Role,
     Scheme,
+    Step,
     check_budget,
     check_limit,
 )
@@ -44,6 +49,7 @@ from agent.proof import SourceProof
 from agent.reconcile import reconcile
 from agent.record import SourceRecord, dump
 from agent.rounds import Convergence, Verdict, sample_of
+from agent.saving import cold_copy_seconds
 from agent.sender import Sender, Workshop
 from agent.signer import Signer
 from agent.state import Event, Machine, State
@@ -109,6 +115,7 @@ class Prepared:
     brake: Brake | None = None
     restored: SourceRecord | None = None
     suspect: str = ""
+    quiesce: HookRun = field(default_factory=no_hook)
 
 
 class SourceMigration:
@@ -138,6 +145,7 @@ class SourceMigration:
         self._certificate = ""
         self._guest = Guest(prepared.brake, plan, self._sender.note)
         self.bell = self._sender.bell
+        self._autopilot = self._make_autopilot(prepared.restored)
         self._wake = asyncio.Event()
         self._at_rest = asyncio.Lock()
         self._commands = asyncio.Lock()
@@ -148,11 +156,26 @@ class SourceMigration:
         if prepared.restored is not None:
             self._restore(prepared.restored)
 
+    def _make_autopilot(self, record: SourceRecord | None) -> Autopilot:
+        by_itself = self._plan.cold or self._plan.mode is Mode.AUTO
+        return Autopilot(
+            self,
+            lambda: self._plan,
+            self._prepared.quiesce,
+            lambda: values_of(
+                self.id, [volume.source for volume in self._plan.volumes], peer=self._plan.peer
+            ),
+            step=record.step if record else Step.WAITING if by_itself else Step.NONE,
+            attempt=record.attempt if record else 0,
+            stopped=record.stopped if record else None,
+        )
+
     def _restore(self, record: SourceRecord) -> None:
         """Go on where the agent before this one was."""
         self._machine = Machine.restore(record.history)
         self._epoch, self._tried = record.epoch, 1
         self._error, self._certificate = record.error, record.certificate
+        self._refusal = record.stopped
         self._sender.agree(record.generation)
         progress = record.progress
         pending = sum(disk.pending.count_bytes() for disk in self._prepared.disks)
@@ -197,6 +220,9 @@ class SourceMigration:
             opening=self._opening,
             error=self._error,
             certificate=self._certificate,
+            step=self._autopilot.step,
+            attempt=self._autopilot.attempt,
+            stopped=self._autopilot.stopped,
         )
 
     @property
@@ -204,9 +230,9 @@ class SourceMigration:
         """What both ends have signed at the cutover; empty before."""
         return self._certificate
 
-    def write_down(self) -> None:
-        """Make what is known of it durable. ResourceExhausted."""
-        self._journal.save(Role.SOURCE, self.id, dump(self.record()))
+    def write_down(self, counted: Mapping[str, float] | None = None) -> None:
+        """Make what is known of it durable, `counted` in the totals with it. ResourceExhausted."""
+        self._journal.save(Role.SOURCE, self.id, dump(self.record()), counted)
 
     @property
     def disks(self) -> list[SourceDisk]:
@@ -237,11 +263,69 @@ class SourceMigration:
             history=tuple(Entered(e.state, e.at_seconds) for e in self._machine.history),
             error=self._error,
             refusal=self._refusal,
+            owner=self.owner,
+            step=self._autopilot.step,
         )
+
+    @property
+    def owner(self) -> Owner:
+        """Who may write to the disks."""
+        if self.state.is_handed_over:
+            return Owner.TARGET
+        cutover = self._cutover
+        if cutover is None or self.state is State.ROLLED_BACK:
+            return Owner.SOURCE
+        fenced = cutover.fencing and self.state is State.CUTTING_OVER
+        return Owner.NOBODY if fenced or cutover.releasing else Owner.SOURCE
 
     def start(self) -> None:
         """Begin with round 0, or go on."""
         self._task = asyncio.create_task(self._run(), name=f"migration {self.id}")
+        self._autopilot.start()
+
+    def check_mode(self, mode: Mode) -> None:
+        """Raise FailedPrecondition if a cutover cannot be of this mode (any more)."""
+        if self.state.is_terminal:
+            raise FailedPrecondition(
+                "ILLEGAL_TRANSITION",
+                f"migration {self.id} is {self.state}; only a running one can be changed",
+                state=self.state,
+            )
+        if mode is Mode.MANUAL:
+            self._autopilot.check_landed()
+        elif self.state is not State.CUT_OVER and not self._plan.cold:
+            self._prepared.quiesce.hook.check()
+
+    async def set_mode(self, mode: Mode) -> None:
+        """Leave the cutover to the agents, once more after a stop, or to the controller."""
+        self.check_mode(mode)
+        before = self._plan
+        if mode is Mode.AUTO:
+            await self._prepared.peer.boot(self._token, 0)
+        self._plan = replace(self._plan, mode=mode)
+        try:
+            await (self._autopilot.arm() if mode is Mode.AUTO else self._autopilot.disarm())
+        except ResourceExhausted:
+            self._plan = before
+            raise
+        self._stir()
+
+    async def hand_over(self, asked_seconds: float) -> None:
+        """See `agent.autopilot.Vessel`."""
+        await self._begin_cutover(asked_seconds, force=True)
+
+    async def boot(self, attempt: int) -> float:
+        """See `agent.autopilot.Vessel`."""
+        return await self._prepared.peer.boot(self._token, attempt)
+
+    def note_hook(self, **seconds: float) -> None:
+        """See `agent.autopilot.Vessel`."""
+        self._sender.note(**seconds)
+
+    def refuse(self, error: WarmsyncError | None) -> None:
+        """See `agent.autopilot.Vessel`."""
+        self._refusal = error
+        self.bell.ring()
 
     def update(
         self, limit_bytes_per_second: int | None, max_downtime_seconds: float | None
@@ -267,6 +351,8 @@ class SourceMigration:
 
     def pause(self) -> None:
         """Stop reading and sending; tracking goes on."""
+        if self._autopilot.step in FLYING:
+            self._autopilot.check_landed()
         self._move(Event.PAUSE)
         self._refusal = None  # a pause with a reason is one of our own
         self._sender.pause()
@@ -295,8 +381,15 @@ class SourceMigration:
     async def cut_over(self, *, force: bool) -> None:
         """Return once the target is durable and released. NOT_QUIESCED, and what can go wrong."""
         asked = time.monotonic()
+        if self._autopilot.step in FLYING:
+            self._autopilot.check_landed()
         if not force:
             await self._reconverge()
+        self._require(Event.CUT_OVER, force=force)
+        await self._autopilot.disarm()
+        await self._begin_cutover(asked, force=force)
+
+    async def _begin_cutover(self, asked: float, *, force: bool) -> None:
         self._move(Event.CUT_OVER, force=force)
         self._refusal = None
         self._cutover = self._make_cutover(asked)
@@ -337,6 +430,7 @@ class SourceMigration:
             self._require(Event.ROLL_BACK)
             await self._prepared.peer.reclaim(self._token)
             await self._sender.on_disks(SourceDisk.unfence)
+            await self._autopilot.end()
             self._move(Event.ROLL_BACK)
             await self._close()
 
@@ -344,6 +438,7 @@ class SourceMigration:
         """The VM runs on the target: nothing can be rolled back. The source stays fenced."""
         async with self._commands:
             self._require(Event.FINISH)
+            self._autopilot.check_landed()
             await self._prepared.peer.finish(self._token)
             self._move(Event.FINISH)
             await self._close()
@@ -369,6 +464,7 @@ class SourceMigration:
         """The agent stops: tracking goes on, and so does the migration with its next start."""
         if self.state.is_terminal:
             return
+        await self._autopilot.close()
         await self._stop_task()
         await self._guest.release()
         if self._wants_cutover and self._cutover is not None:
@@ -475,16 +571,30 @@ class SourceMigration:
 
     async def _own_no_more(self) -> None:
         self._refusal = None
+        self._reckon()
         try:
             self._move(Event.RELEASE)
         except ResourceExhausted as full:
             # It is so all the same; the journal has that the target may own: the next start asks.
             self._machine.apply(Event.RELEASE, time.time())
             _log.error('not written down id=%s reason="%s"', self.id, full)
+            self.bell.ring()
         async with self._commands:
             await self._stop_sending()
         if self._wants_cutover and self._cutover is not None:
             self._cutover.done.set_result(None)
+
+    def _reckon(self) -> None:
+        """Say what was saved. A cold migration saves nothing: its downtime began with it."""
+        progress = self._sender.progress
+        took = progress.downtime_seconds
+        if self._plan.cold and took is not None:
+            took = time.time() - self._machine.history[0].at_seconds
+            self._sender.note(downtime_seconds=took)
+            return
+        cold = cold_copy_seconds(self._opening, progress.total_bytes, progress.downtime_parts)
+        if cold is not None and took is not None:
+            self._sender.note(downtime_saved_seconds=cold - took)
 
     async def _compare(self) -> None:
         """Compare with the target; what is found equal is not sent. With `_at_rest`."""
@@ -703,6 +813,7 @@ class SourceMigration:
             _log.warning('target not told of the end id=%s reason="%s"', self.id, error)
 
     async def _close(self) -> None:
+        await self._autopilot.end()
         await self._guest.release()
         await self._sender.close()
         await self._proof.stop()
@@ -743,9 +854,9 @@ class SourceMigration:
                 id=self.id,
             )
 
-    def _require(self, event: Event) -> None:
+    def _require(self, event: Event, *, force: bool = False) -> None:
         """Raise as the state machine would, without moving."""
-        Machine.restore(self._machine.history).apply(event, time.time())
+        Machine.restore(self._machine.history).apply(event, time.time(), force=force)
 
     def _move(self, event: Event, *, force: bool = False) -> None:
         """Move, and write it down: only then may it be told. Not written down, it is undone."""
@@ -753,12 +864,27 @@ class SourceMigration:
         try:
             # A cutover is written down with the fence: given up before, it never was.
             if event is not Event.CUT_OVER:
-                self.write_down()
+                self.write_down(self._count(event))
         except ResourceExhausted:
             self._machine.retract()
             raise
         _log.info("migration id=%s state=%s", self.id, state)
         self.bell.ring()
+
+    def _count(self, event: Event) -> dict[str, float]:
+        """Return what a move adds to the host's totals."""
+        progress = self._sender.progress
+        sent = {"sent_bytes": float(progress.sent_bytes)}
+        if event is Event.RELEASE:
+            return sent | {
+                "migrations_cut_over": 1.0,
+                "moved_bytes": float(progress.total_bytes),
+                "downtime_seconds": progress.downtime_seconds or 0.0,
+                "downtime_saved_seconds": progress.downtime_saved_seconds or 0.0,
+            }
+        if event is Event.FAIL:
+            return sent | {"migrations_failed": 1.0}
+        return sent if event is Event.CANCEL else {}
 
     def _stir(self) -> None:
         self._wake.set()

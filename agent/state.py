@@ -35,6 +35,11 @@ class State(enum.StrEnum):
         """True where nothing can happen any more."""
         return self in TERMINAL
 
+    @property
+    def is_handed_over(self) -> bool:
+        """True where the target owns the disks."""
+        return self in (State.CUT_OVER, State.COMPLETED)
+
 
 class Event(enum.StrEnum):
     """What can happen to a migration. The values are the words used in messages."""

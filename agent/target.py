@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 
 from agent.bell import Bell
+from agent.booting import Booting
 from agent.certificate import Certificate, Signature, signature_of, verify
 from agent.certificate import dump as dump_certificate
 from agent.device import boot_id, device_key, identities, io_error, open_device
@@ -27,9 +28,10 @@ from agent.errors import (
     WarmsyncError,
 )
 from agent.growth import Growth
+from agent.hook import HookRun, no_hook, values_of
 from agent.inlet import Inlet
 from agent.journal import Journal
-from agent.migration import Depth, Migration, Plan, Progress, Resize, Role, Volume
+from agent.migration import Depth, Migration, Owner, Plan, Progress, Resize, Role, Volume
 from agent.migration import Event as Entered
 from agent.peer import Proof, SessionRequest, session_token
 from agent.reader import read_digests
@@ -73,6 +75,7 @@ class TargetSession:
         witness: Witness,
         signer: Signer,
         growth: Growth,
+        boot: HookRun | None = None,
     ) -> None:
         self.bell = Bell()
         self._growth = growth
@@ -97,6 +100,10 @@ class TargetSession:
         self._attach()
         self._progress = record.progress
         self._error = record.error
+        paths = [volume.target for volume in record.plan.volumes]
+        self._booting = Booting(
+            boot or no_hook(), values_of(self.id, paths), self._write_boot, record
+        )
         self._trouble: WarmsyncError | None = None
         self._inlet: Inlet | None = None
         # Streams of the grpc carrier are counted: what is left of an older one writes nothing.
@@ -168,8 +175,9 @@ class TargetSession:
             progress=progress,
             history=tuple(Entered(e.state, e.at_seconds) for e in self._machine.history),
             error=self._error,
-            refusal=self._trouble,
+            refusal=self._trouble or self._booting.error,
             incomplete=self.state not in released,
+            owner=Owner.TARGET if self.state in released else Owner.SOURCE,
         )
 
     def record(self) -> TargetRecord:
@@ -186,6 +194,7 @@ class TargetSession:
             self._keys,
             self._certificate,
             self._resizing,
+            *self._booting.record,
         )
 
     def write_down(self) -> None:
@@ -515,6 +524,25 @@ class TargetSession:
         self._close()
         self._move(Event.CANCEL)
 
+    async def boot(self, attempt: int) -> float:
+        """Run this host's boot hook, once for each attempt; returns seconds. See `agent.peer`."""
+        if attempt == 0:
+            self._booting.check()
+            return 0.0
+        if self.state is not State.CUT_OVER:
+            raise FailedPrecondition(
+                "NOT_BOOTABLE",
+                f"migration {self.id} is {self.state} here; only what was handed over is booted",
+                id=self.id,
+                state=self.state,
+            )
+        return await self._booting.run(attempt)
+
+    def _write_boot(self, seconds: float | None) -> None:
+        self._progress = replace(self._progress, boot_seconds=seconds)
+        self.write_down()
+        self.bell.ring()
+
     def check_reclaimable(self, allowed: tuple[str, ...]) -> None:
         """Raise FailedPrecondition unless the devices can be claimed again. Blocking."""
         if self.state is State.ROLLED_BACK:
@@ -525,6 +553,7 @@ class TargetSession:
                 f"migration {self.id} is {self.state} here; only a cut-over one can be taken back",
                 id=self.id,
             )
+        self._booting.check_idle()
         for device in open_devices(self._plan.volumes, allowed):
             device.close()
 
@@ -597,6 +626,7 @@ class TargetSession:
 
     async def ended(self) -> None:
         """Wait until nothing is being written or read back any more, after `close`."""
+        await self._booting.close()
         await self._witness.stop()
         if self._inlet is not None:
             await self._inlet.ended()

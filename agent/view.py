@@ -17,6 +17,11 @@ from agent.errors import WarmsyncError
 from agent.rpc.errors import from_status
 from agent.units import format_bytes, format_rate, format_seconds
 
+_OWNERS = {
+    "source": "source",
+    "target": "target",
+    "nobody yet": "nobody yet: the source is fenced, the target has not said that it took over",
+}
 PARTS = (
     "finish_round_seconds",
     "source_flush_seconds",
@@ -45,6 +50,18 @@ def tracker_name(migration: Migration) -> str:
     return _short(migration_pb2.Tracker, migration.tracker, "TRACKER_").lower()
 
 
+def owner_name(migration: Migration) -> str:
+    """Return "source", "target" or "nobody yet"."""
+    name = _short(migration_pb2.Owner, migration.owner, "OWNER_").lower()
+    return "nobody yet" if name == "nobody" else name
+
+
+def step_name(migration: Migration) -> str:
+    """Return "cutting over", say, or nothing where the agents do nothing by themselves."""
+    name = _short(migration_pb2.CutoverStep, migration.cutover_step, "CUTOVER_STEP_")
+    return "" if name == "UNSPECIFIED" else name.lower().replace("_", " ")
+
+
 def describe_error(error: WarmsyncError) -> dict[str, Any]:
     """Return an error as JSON."""
     return {"reason": error.reason, "message": str(error), "values": error.values}
@@ -55,6 +72,10 @@ def describe(migration: Migration) -> dict[str, Any]:
     return {
         "id": migration_id(migration),
         "state": state_name(migration.state),
+        "owner": owner_name(migration),
+        "cutover": _short(migration_pb2.CutoverMode, migration.cutover, "CUTOVER_MODE_").lower(),
+        "cutover_step": step_name(migration),
+        "cold": migration.cold,
         "role": _short(migration_pb2.Role, migration.role, "ROLE_").lower(),
         "peer": migration.peer,
         **_progress(migration),
@@ -110,6 +131,9 @@ def _progress(migration: Migration) -> dict[str, Any]:
         "reconciled_bytes": progress.reconciled_bytes,
         "unproved_bytes": progress.unproved_bytes,
         "resizes": [_resize(one) for one in progress.resizes],
+        "quiesce_seconds": _optional(progress, "quiesce_seconds"),
+        "boot_seconds": _optional(progress, "boot_seconds"),
+        "downtime_saved_seconds": _optional(progress, "downtime_saved_seconds"),
     }
 
 
@@ -153,6 +177,11 @@ def page(migration: Migration) -> str:
 def _facts(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Id", shown["id"]
     yield "State", shown["state"] + (" (target incomplete)" if shown["incomplete"] else "")
+    yield "Owner", _OWNERS.get(shown["owner"], shown["owner"])
+    cold = "cold" if shown["cold"] else ""
+    auto = f"auto: {shown['cutover_step'] or 'off'}" if shown["cutover"] == "auto" else ""
+    step = shown["cutover_step"] if cold and not auto else ""
+    yield "Cutover", ", ".join(filter(None, (cold, auto, step)))
     yield "Role", shown["role"]
     yield "Peer", shown["peer"]
     for index, volume in enumerate(shown["volumes"]):
@@ -185,6 +214,7 @@ def _measurements(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
     parts = shown["downtime_parts"] or {}
     names = {name: name.removesuffix("_seconds").replace("_", " ") for name in PARTS}
     yield "", ", ".join(f"{names[name]} {format_seconds(parts[name])}" for name in parts)
+    yield from _outcome(shown)
     if shown["stalled"]:
         yield "Stalled", shown["advice"]
     if limit := shown["guest_limit_bytes_per_second"]:
@@ -202,6 +232,14 @@ def _measurements(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Trouble", shown["trouble"]
     if shown["suspect_volumes"]:
         yield "Suspect", f"{shown['suspect_volumes']} times nobody knew what differs"
+
+
+def _outcome(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if (saved := shown["downtime_saved_seconds"]) is not None:
+        yield "Saved", f"{format_seconds(saved)} of downtime, against a cold copy"
+    for name in ("quiesce", "boot"):
+        if (seconds := shown[f"{name}_seconds"]) is not None:
+            yield f"{name.capitalize()} hook", f"took {format_seconds(seconds)}"
 
 
 def _downtime(shown: dict[str, Any]) -> str:

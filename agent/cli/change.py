@@ -13,6 +13,7 @@ from warmsync.v1 import migration_service_pb2 as service_pb
 from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
 
 from agent.cli.connection import DEADLINE_SECONDS, Agent, agent_options
+from agent.cli.move import MODES
 from agent.cli.types import DURATION, NAME, RATE
 from agent.view import describe, migration_id, state_name
 
@@ -50,18 +51,30 @@ finish = _command(
 @agent_options
 @click.option("--bandwidth-limit", type=RATE, metavar="RATE", help="Such as 100M; 0: no limit.")
 @click.option("--max-downtime", type=DURATION, metavar="TIME", help="Such as 500ms.")
+@click.option(
+    "--cutover",
+    type=click.Choice(list(MODES)),
+    help="auto: the agents' hooks, from here on or once more; manual: no hook is begun any more.",
+)
 @click.argument("name", type=NAME, metavar="ID")
 def update(
-    agent: Agent, name: str, bandwidth_limit: int | None, max_downtime: float | None
+    agent: Agent,
+    name: str,
+    bandwidth_limit: int | None,
+    max_downtime: float | None,
+    cutover: str | None,
 ) -> None:
     """Change a migration while it runs."""
     values: dict[str, Any] = {
         "bandwidth_limit_bytes_per_second": bandwidth_limit,
         "max_downtime_seconds": max_downtime,
+        "cutover": None if cutover is None else MODES[cutover],
     }
     given = {field: value for field, value in values.items() if value is not None}
     if not given:
-        raise click.UsageError("nothing to change: give --bandwidth-limit or --max-downtime")
+        raise click.UsageError(
+            "nothing to change: give --bandwidth-limit, --max-downtime or --cutover"
+        )
     request = service_pb.UpdateMigrationRequest(
         migration=pb.Migration(name=name, **given), update_mask=FieldMask(paths=list(given))
     )

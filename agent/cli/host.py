@@ -18,7 +18,7 @@ from agent.cli.connection import DEADLINE_SECONDS, Agent, agent_options, json_op
 from agent.cli.failure import CommandFailed
 from agent.config import AgentConfig, load
 from agent.errors import FailedPrecondition
-from agent.units import format_bytes
+from agent.units import format_bytes, format_seconds
 from agent.view import format_table
 
 _VERDICTS = {
@@ -85,13 +85,18 @@ def doctor(context: click.Context, agent: Agent, state_dir: str) -> None:
     With --agent the host of that agent. Fails if something is missing without which no agent works.
     """
     if context.get_parameter_source("agent") is ParameterSource.COMMANDLINE:
-        checks = _remote_checks(agent)
+        checks, totals = _remote_checks(agent)
     else:
+        totals = None
         checks = doctor_checks.examine(doctor_checks.Host(Path(state_dir)))
     missing = [check.name for check in checks if check.verdict is doctor_checks.Verdict.MISSING]
-    shown = {"checks": [_shown(check) for check in checks]}
+    shown: dict[str, Any] = {"checks": [_shown(check) for check in checks]}
+    if totals is not None:
+        shown["totals"] = _totals(totals)
     if not agent.json:
         _print_checks(checks)
+        if totals is not None:
+            click.echo(_totals_line(totals))
     if missing:
         message = f"missing: {', '.join(missing)}; see the mends above"
         raise CommandFailed(FailedPrecondition("HOST_LACKS", message), shown)
@@ -139,22 +144,38 @@ def completion(context: click.Context, shell: str, as_json: bool) -> None:
     click.echo(json.dumps({"shell": shell, "script": script}) if as_json else script)
 
 
-def _remote_checks(agent: Agent) -> list[doctor_checks.Check]:
+def _remote_checks(agent: Agent) -> tuple[list[doctor_checks.Check], pb.Totals]:
     async def work(channel: grpc.aio.Channel) -> pb.GetHostResponse:
         answer: pb.GetHostResponse = await HostServiceStub(channel).GetHost(
             pb.GetHostRequest(), timeout=DEADLINE_SECONDS
         )
         return answer
 
-    return [
+    answer = agent.run(work)
+    checks = [
         doctor_checks.Check(
             check.name,
             _VERDICTS.get(check.status, doctor_checks.Verdict.WARNING),
             check.finding,
             check.mend,
         )
-        for check in agent.run(work).checks
+        for check in answer.checks
     ]
+    return checks, answer.totals
+
+
+def _totals(totals: pb.Totals) -> dict[str, float]:
+    return {field.name: getattr(totals, field.name) for field in pb.Totals.DESCRIPTOR.fields}
+
+
+def _totals_line(totals: pb.Totals) -> str:
+    return (
+        f"\nMoved from here: {totals.migrations_cut_over} of {totals.migrations_started} "
+        f"migrations cut over, {totals.migrations_failed} failed; disks of "
+        f"{format_bytes(totals.moved_bytes)}, sent {format_bytes(totals.sent_bytes)}; downtime "
+        f"{format_seconds(totals.downtime_seconds)}, saved "
+        f"{format_seconds(totals.downtime_saved_seconds)}"
+    )
 
 
 def _print_checks(checks: list[doctor_checks.Check]) -> None:

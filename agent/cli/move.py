@@ -13,7 +13,7 @@ from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
 
 from agent.cli.connection import DEADLINE_SECONDS, Agent, agent_options
 from agent.cli.types import DURATION, NAME, RATE, SIZE, VOLUME
-from agent.cli.waiting import CONVERGED, goes_on, interrupted, wait_for
+from agent.cli.waiting import CONVERGED, goes_on, interrupted, is_handed_over, wait_for
 from agent.units import format_bytes, format_seconds
 from agent.view import describe, migration_id, page
 
@@ -25,6 +25,7 @@ TRACKERS = {
 }
 CARRIERS = {"auto": pb.CARRIER_UNSPECIFIED, "tcp": pb.CARRIER_TCP, "grpc": pb.CARRIER_GRPC}
 DEPTHS = {"none": pb.VERIFY_NONE, "final": pb.VERIFY_FINAL, "full": pb.VERIFY_FULL}
+MODES = {"manual": pb.CUTOVER_MODE_MANUAL, "auto": pb.CUTOVER_MODE_AUTO}
 COMPRESSIONS = {"none": pb.COMPRESSION_NONE, "zstd": pb.COMPRESSION_ZSTD}
 
 
@@ -108,11 +109,19 @@ COMPRESSIONS = {"none": pb.COMPRESSION_NONE, "zstd": pb.COMPRESSION_ZSTD}
     help="Never slow the VM's writes below this, such as 4M.",
 )
 @click.option(
+    "--cutover",
+    type=click.Choice(list(MODES)),
+    default="manual",
+    show_default=True,
+    help="auto: the agents power the VM down, cut over and boot it, by their own hooks.",
+)
+@click.option("--cold", is_flag=True, help="The VM is off already: copy once and cut over at once.")
+@click.option(
     "--wait",
-    type=click.Choice(["none", "converged"]),
+    type=click.Choice(["none", "converged", "end"]),
     default="none",
     show_default=True,
-    help="Return at once, or when the VM may be powered down.",
+    help="Return at once, when the VM may be powered down, or when all is done (auto, cold).",
 )
 @click.option(
     "--timeout", type=DURATION, default=None, metavar="TIME", help="Wait at most so long (10m)."
@@ -123,7 +132,10 @@ def migrate(agent: Agent, wait: str, timeout: float | None, wanted_id: str, **sp
     The VM goes on running until you power it down before the cutover.
     """
     if timeout is not None and wait == "none":
-        raise click.UsageError("--timeout needs --wait converged")
+        raise click.UsageError("--timeout needs --wait converged or --wait end")
+    by_itself = spec["cutover"] == "auto" or spec["cold"]
+    if wait == "end" and not by_itself:
+        raise click.UsageError("--wait end needs --cutover auto or --cold: who would cut over?")
     request = service_pb.CreateMigrationRequest(migration_id=wanted_id, migration=_message(**spec))
     started: list[pb.Migration] = []
 
@@ -133,13 +145,17 @@ def migrate(agent: Agent, wait: str, timeout: float | None, wanted_id: str, **sp
         started.append(created)
         if wait == "none":
             return created
-        return await wait_for(channel, created, CONVERGED, timeout)
+        # Nothing is to be done by hand in between: then all is waited for.
+        return await wait_for(channel, created, is_handed_over if by_itself else CONVERGED, timeout)
 
     try:
         migration = agent.run(work)
     except KeyboardInterrupt as error:
         raise interrupted(migration_id(started[0]) if started else "") from error
-    _print_started(agent, migration, converged=wait == "converged")
+    if by_itself and wait != "none" and not agent.json:
+        click.echo(_handed_over(migration))
+        return
+    _print_started(agent, migration, converged=wait != "none")
 
 
 @click.command()
@@ -162,12 +178,18 @@ def cutover(agent: Agent, name: str, force: bool) -> None:
     if agent.json:
         click.echo(json.dumps(describe(migration)))
         return
-    progress = migration.progress
-    click.echo(
-        f"{migration_id(migration)} cut over: downtime {format_seconds(progress.downtime_seconds)},"
+    click.echo(_handed_over(migration))
+
+
+def _handed_over(migration: pb.Migration) -> str:
+    progress, name = migration.progress, migration_id(migration)
+    booted = progress.HasField("boot_seconds")
+    todo = "It was booted there: see that it runs" if booted else "Boot the VM on the target"
+    return (
+        f"{name} cut over: downtime {format_seconds(progress.downtime_seconds)},"
         f" {progress.rounds} rounds, sent {format_bytes(progress.sent_bytes)} of "
-        f"{format_bytes(progress.total_bytes)}. Boot the VM on the target, then run "
-        f"`warmsync finish {migration_id(migration)}`, or `warmsync rollback`."
+        f"{format_bytes(progress.total_bytes)}. The target owns the disks. {todo}, then run "
+        f"`warmsync finish {name}`, or `warmsync rollback`."
     )
 
 
@@ -184,6 +206,8 @@ def _message(
     reuse_target: bool,
     verify: str,
     resize: bool,
+    cutover: str,
+    cold: bool,
     guest_cgroup: str | None,
     guest_least_rate: int | None,
 ) -> pb.Migration:
@@ -204,6 +228,8 @@ def _message(
         reuse_target=reuse_target,
         verify=DEPTHS[verify],
         resize=resize,
+        cutover=MODES[cutover],
+        cold=cold,
         guest_throttle=_guest_throttle(guest_cgroup, guest_least_rate),
     )
 

@@ -20,7 +20,14 @@ from agent.view import describe, migration_id, state_name
 
 # Level-triggered: CONVERGED itself may be skipped.
 CONVERGED = frozenset({pb.STATE_CONVERGED, pb.STATE_CUTTING_OVER, pb.STATE_CUT_OVER})
+HANDED_OVER = frozenset({pb.STATE_CUT_OVER, pb.STATE_COMPLETED})
 ENDED = frozenset({pb.STATE_FAILED, pb.STATE_CANCELLED, pb.STATE_ROLLED_BACK, pb.STATE_COMPLETED})
+
+
+def is_handed_over(migration: pb.Migration) -> bool:
+    """Return whether a cutover that the agents do by themselves is done, boot hook and all."""
+    done = migration.cutover_step in (pb.CUTOVER_STEP_DONE, pb.CUTOVER_STEP_UNSPECIFIED)
+    return migration.state in HANDED_OVER and done
 
 
 async def watch(
@@ -38,14 +45,15 @@ async def watch(
 async def wait_for(
     channel: grpc.aio.Channel,
     migration: pb.Migration,
-    wanted: Collection[int],
+    wanted: Collection[int] | Callable[[pb.Migration], bool],
     timeout_seconds: float | None,
 ) -> pb.Migration:
-    """Show progress on stderr until the migration is in one of the states `wanted`.
+    """Show progress on stderr until the migration is in one of the states `wanted`, or that holds.
 
     CommandFailed if it ends otherwise, or (exit code 3) if the time is over: it goes on then.
     """
     newest: pb.Migration = migration
+    holds = wanted if callable(wanted) else lambda now: now.state in wanted
     stub = MigrationServiceStub(channel)
     with open_display(Console(stderr=True)) as display:
         try:
@@ -54,7 +62,7 @@ async def wait_for(
                 async for message in stub.WatchMigration(request):
                     newest = message.migration
                     display.update(newest)
-                    if newest.state in wanted:
+                    if holds(newest):
                         return newest
                     if newest.state in ENDED or _needs_a_person(newest):
                         break
@@ -78,8 +86,9 @@ def ending(migration: pb.Migration) -> WarmsyncError:
 
 
 def _needs_a_person(migration: pb.Migration) -> bool:
-    """Return whether it has paused by itself, for a reason: it waits for a mend and a resume."""
-    return migration.state == pb.STATE_PAUSED and migration.HasField("last_refusal")
+    """Return whether it has stopped by itself, for a reason: it waits for a mend."""
+    stopped = migration.cutover_step == pb.CUTOVER_STEP_STOPPED
+    return (stopped or migration.state == pb.STATE_PAUSED) and migration.HasField("last_refusal")
 
 
 def goes_on(name: str) -> str:
@@ -102,7 +111,7 @@ def interrupted(name: str) -> CommandFailed:
 def _timed_out(migration: pb.Migration, timeout_seconds: float | None) -> CommandFailed:
     name = migration_id(migration)
     waited = format_seconds(timeout_seconds or 0)
-    message = f"not converged within {waited}; {goes_on(name)}"
+    message = f"not there within {waited}; {goes_on(name)}"
     return CommandFailed(Unavailable("TIMED_OUT", message, id=name), describe(migration), TIMED_OUT)
 
 

@@ -12,11 +12,14 @@ from agent.migration import (
     Depth,
     GuestThrottle,
     Migration,
+    Mode,
+    Owner,
     Plan,
     Progress,
     Resize,
     Role,
     Scheme,
+    Step,
     Volume,
 )
 from agent.rpc.errors import from_status, to_status
@@ -46,6 +49,27 @@ DEPTHS = {
     migration_pb2.VERIFY_FULL: Depth.FULL,
 }
 VERIFIES = {depth: number for number, depth in DEPTHS.items()}
+MODES = {
+    migration_pb2.CUTOVER_MODE_UNSPECIFIED: Mode.MANUAL,
+    migration_pb2.CUTOVER_MODE_MANUAL: Mode.MANUAL,
+    migration_pb2.CUTOVER_MODE_AUTO: Mode.AUTO,
+}
+_MODES_BY_NUMBER: dict[int, Mode] = {int(number): mode for number, mode in MODES.items()}
+_MODES = {mode: number for number, mode in MODES.items()}
+_STEPS = {
+    Step.NONE: migration_pb2.CUTOVER_STEP_UNSPECIFIED,
+    Step.WAITING: migration_pb2.CUTOVER_STEP_WAITING,
+    Step.QUIESCING: migration_pb2.CUTOVER_STEP_QUIESCING,
+    Step.CUTTING_OVER: migration_pb2.CUTOVER_STEP_CUTTING_OVER,
+    Step.BOOTING: migration_pb2.CUTOVER_STEP_BOOTING,
+    Step.DONE: migration_pb2.CUTOVER_STEP_DONE,
+    Step.STOPPED: migration_pb2.CUTOVER_STEP_STOPPED,
+}
+_OWNERS = {
+    Owner.SOURCE: migration_pb2.OWNER_SOURCE,
+    Owner.TARGET: migration_pb2.OWNER_TARGET,
+    Owner.NOBODY: migration_pb2.OWNER_NOBODY,
+}
 _STATES: dict[str, migration_pb2.State] = {
     value.name.removeprefix("STATE_"): getattr(migration_pb2, value.name)
     for value in migration_pb2.State.DESCRIPTOR.values
@@ -80,6 +104,8 @@ def to_plan(request: migration_service_pb2.CreateMigrationRequest, chosen_id: st
             "INVALID_VERIFY", f"there is no depth {wanted.verify}; use none, final or full"
         )
     return Plan(
+        mode=to_mode(wanted.cutover),
+        cold=wanted.cold,
         id=request.migration_id or chosen_id,
         peer=wanted.peer,
         volumes=tuple(Volume(one.source, one.target) for one in wanted.volumes),
@@ -99,6 +125,16 @@ def to_plan(request: migration_service_pb2.CreateMigrationRequest, chosen_id: st
         if wanted.HasField("guest_throttle")
         else None,
     )
+
+
+def to_mode(number: int) -> Mode:
+    """Return a cutover's mode. InvalidArgument for one that is not known."""
+    mode: Mode | None = _MODES_BY_NUMBER.get(number)
+    if mode is None:
+        raise InvalidArgument(
+            "INVALID_CUTOVER", f"there is no cutover mode {number}; use manual or auto"
+        )
+    return mode
 
 
 def to_message(migration: Migration) -> migration_pb2.Migration:
@@ -127,6 +163,10 @@ def to_message(migration: Migration) -> migration_pb2.Migration:
         reuse_target=plan.reuse_target,
         verify=VERIFIES[plan.verify],
         resize=plan.resize,
+        cutover=_MODES[plan.mode],
+        cold=plan.cold,
+        cutover_step=_STEPS[migration.step],
+        owner=_OWNERS[migration.owner],
         compression=migration_pb2.COMPRESSION_ZSTD
         if plan.compress
         else migration_pb2.COMPRESSION_NONE,
@@ -184,6 +224,9 @@ def _progress(progress: Progress) -> migration_pb2.Progress:
         reconciled_bytes=progress.reconciled_bytes,
         unproved_bytes=progress.unproved_bytes,
         resizes=[resize_message(one) for one in progress.resizes],
+        quiesce_seconds=progress.quiesce_seconds,
+        boot_seconds=progress.boot_seconds,
+        downtime_saved_seconds=progress.downtime_saved_seconds,
     )
     if progress.downtime_seconds is not None:
         message.downtime_parts.CopyFrom(

@@ -27,7 +27,7 @@ class Totaled(Protocol):
     """What has totals: the registry."""
 
     def totals(self) -> Totals:
-        """Return the totals since the agent started."""
+        """Return the totals of this host."""
 
 
 class HostServicer(host_service_pb2_grpc.HostServiceServicer):
@@ -59,6 +59,9 @@ class HostServicer(host_service_pb2_grpc.HostServiceServicer):
                 migrations_cut_over=totals.migrations_cut_over,
                 migrations_failed=totals.migrations_failed,
                 sent_bytes=totals.sent_bytes,
+                moved_bytes=totals.moved_bytes,
+                downtime_seconds=totals.downtime_seconds,
+                downtime_saved_seconds=totals.downtime_saved_seconds,
             ),
         )
 

@@ -16,7 +16,7 @@ from warmsync.v1 import migration_service_pb2 as pb
 
 from agent.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from agent.registry import Registry, Source
-from agent.rpc.convert import id_of, to_comparison, to_message, to_plan
+from agent.rpc.convert import id_of, to_comparison, to_message, to_mode, to_plan
 from agent.target import TargetSession
 
 WATCH_SECONDS = 0.1
@@ -26,7 +26,8 @@ WATCH_MESSAGES_PER_SECOND = 1000
 """All watches together get at most so many: each costs 0.13 ms of the one event loop, which the
 migrations need too. Watches are level-triggered: what is skipped is in the next message."""
 
-_MUTABLE = ("bandwidth_limit_bytes_per_second", "max_downtime_seconds")
+_NUMBERS = ("bandwidth_limit_bytes_per_second", "max_downtime_seconds")
+_MUTABLE = (*_NUMBERS, "cutover")
 _MAX_PAGE = 1000
 _DEFAULT_PAGE = 100
 
@@ -84,13 +85,19 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
             if path not in _MUTABLE:
                 raise InvalidArgument(
                     "IMMUTABLE_FIELD",
-                    f"field {path!r} cannot be changed; {' and '.join(_MUTABLE)} can",
+                    f"field {path!r} cannot be changed; {', '.join(_MUTABLE)} can",
                     field=path,
                 )
-        limit, budget = (getattr(wanted, name) if name in paths else None for name in _MUTABLE)
+        limit, budget = (getattr(wanted, name) if name in paths else None for name in _NUMBERS)
+        mode = to_mode(wanted.cutover) if "cutover" in paths else None
         if limit is not None:
             limit = self._registry.cap_limit(limit)
-        migration.update(limit, budget)
+        if mode is not None:
+            migration.check_mode(mode)
+        if mode is None or limit is not None or budget is not None:
+            migration.update(limit, budget)
+        if mode is not None:
+            await migration.set_mode(mode)
         return to_message(migration.snapshot())
 
     async def DeleteMigration(self, request: pb.DeleteMigrationRequest, context: Any) -> Empty:

@@ -31,6 +31,8 @@ PROVE_SECONDS = 3600.0
 early."""
 RESIZE_SECONDS = 6 * 3600.0
 """Each program has its own limit there, and a dead agent is noticed by keepalive."""
+BOOT_SECONDS = 86400.0 + 60.0
+"""A little more than the target's configuration can allow its hook: its own limit ends it."""
 CALL_SECONDS = 30.0
 """Opening includes claiming devices; the release a last flush: still quick."""
 
@@ -163,6 +165,13 @@ class PeerClient:
         request = pb.AbortSessionRequest(session_token=token, reason=reason, cancelled=cancelled)
         with calling(self._address):
             await self._stub.AbortSession(request, timeout=CALL_SECONDS)
+
+    async def boot(self, token: str, attempt: int) -> float:
+        """See `agent.peer.Peer`."""
+        request = pb.BootSessionRequest(session_token=token, attempt=attempt)
+        with calling(self._address):
+            answer = await self._stub.BootSession(request, timeout=BOOT_SECONDS)
+        return float(answer.boot_seconds)
 
     async def reclaim(self, token: str) -> None:
         """See `agent.peer.Peer`."""

@@ -155,6 +155,13 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         )
         return pb.AbortSessionResponse()
 
+    async def BootSession(
+        self, request: pb.BootSessionRequest, context: Any
+    ) -> pb.BootSessionResponse:
+        """Run this host's boot hook, or wait for it."""
+        session = self._registry.session(request.session_token)
+        return pb.BootSessionResponse(boot_seconds=await session.boot(request.attempt))
+
     async def ReclaimSession(
         self, request: pb.ReclaimSessionRequest, context: Any
     ) -> pb.ReclaimSessionResponse:

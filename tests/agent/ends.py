@@ -170,6 +170,10 @@ class FakePeer:
     async def abort(self, token: str, reason: str, *, cancelled: bool) -> None:
         await self._answer("abort", f"abort {'cancelled' if cancelled else 'failed'}: {reason}")
 
+    async def boot(self, token: str, attempt: int) -> float:
+        await self._answer("boot", f"boot {attempt}")
+        return 0.5
+
     async def reclaim(self, token: str) -> None:
         await self._answer("reclaim")
 

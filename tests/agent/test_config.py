@@ -10,6 +10,7 @@ import pytest
 
 from agent.config import (
     AgentConfig,
+    HooksConfig,
     LimitsConfig,
     QemuConfig,
     ResizeConfig,
@@ -97,8 +98,15 @@ def test_example_is_the_defaults() -> None:
 def test_example_explains_every_setting() -> None:
     text = EXAMPLE.read_text()
     names = {field.name for field in dataclasses.fields(AgentConfig)}
-    names -= {"transfer", "limits", "qemu", "resize"}
-    for kind in (TlsConfig, TransferConfig, LimitsConfig, QemuConfig, ResizeConfig):
+    names -= {"transfer", "limits", "qemu", "resize", "hooks"}
+    for kind in (
+        TlsConfig,
+        TransferConfig,
+        LimitsConfig,
+        QemuConfig,
+        ResizeConfig,
+        HooksConfig,
+    ):
         names |= {
             field.name.removesuffix("_bytes_per_second") for field in dataclasses.fields(kind)
         }

@@ -17,16 +17,20 @@ from agent.migration import (
     GuestThrottle,
     Migration,
     Mismatch,
+    Mode,
+    Owner,
     Plan,
     Progress,
     Resize,
     Role,
     Scheme,
+    Step,
     Volume,
 )
 from agent.rpc.convert import id_of, to_comparison, to_message, to_plan, to_resize
 from agent.rpc.errors import from_status
 from agent.state import State
+from agent.view import describe, owner_name, step_name
 
 VOLUMES = (Volume("/dev/a", "/dev/b", 1 << 30, 4096), Volume("/dev/c", "/dev/d", 1 << 20, 65536))
 PLAN = Plan(
@@ -41,8 +45,15 @@ PLAN = Plan(
     compress=True,
     guest_throttle=GuestThrottle("/vm", 7),
     resize=True,
+    mode=Mode.AUTO,
+    cold=True,
 )
-NUMBERS = Progress(1, 2, 3, 4, 5, 6, 7.5, 8.5, 0.5, None, DowntimeParts(), True, "wait", 9, 10)
+NUMBERS = replace(
+    Progress(1, 2, 3, 4, 5, 6, 7.5, 8.5, 0.5, None, DowntimeParts(), True, "wait", 9, 10),
+    quiesce_seconds=1.5,
+    boot_seconds=2.5,
+    downtime_saved_seconds=-3.5,
+)
 SEEN = Migration(
     plan=PLAN,
     role=Role.SOURCE,
@@ -101,6 +112,22 @@ def test_every_number_arrives() -> None:
             assert getattr(progress, field.name) == getattr(NUMBERS, field.name), field.name
     assert not progress.HasField("downtime_seconds")
     assert not progress.HasField("downtime_parts")
+
+
+def test_owners_and_steps() -> None:
+    for owner in Owner:
+        message = to_message(replace(SEEN, owner=owner))
+        assert owner_name(message) == describe(message)["owner"] == owner
+    for step in Step:
+        message = to_message(replace(SEEN, step=step))
+        assert step_name(message) == describe(message)["cutover_step"] == step
+
+
+def test_a_mode_that_is_none() -> None:
+    asked = service.CreateMigrationRequest(migration=pb.Migration(cutover=99))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument) as caught:
+        to_plan(asked, "x")
+    assert caught.value.reason == "INVALID_CUTOVER"
 
 
 def test_the_parts_of_the_downtime() -> None:

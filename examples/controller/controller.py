@@ -1,0 +1,173 @@
+"""Evacuates a host: moves its virtual machines elsewhere, some at once, over the public API.
+
+It keeps no state of its own. What is to be done next follows from each migration's state, which
+the agent keeps: killed and started again at any moment, it goes on. See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from asyncio.subprocess import DEVNULL
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from warmsync.v1 import migration_pb2 as pb
+from warmsync.v1 import migration_service_pb2 as service
+from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
+
+from examples.controller.plan import Evacuation, Machine, load
+
+RETRY_SECONDS = 1.0
+_PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_AGAIN = (*_PASSING, grpc.StatusCode.FAILED_PRECONDITION)
+_OVER = (pb.STATE_FAILED, pb.STATE_CANCELLED, pb.STATE_ROLLED_BACK)
+
+
+class NeedsAPerson(Exception):  # noqa: N818 - a condition, not a mistake
+    """What a controller cannot mend."""
+
+
+class Controller:
+    """One evacuation."""
+
+    def __init__(self, plan: Evacuation, channel: grpc.aio.Channel) -> None:
+        self._plan = plan
+        self._agent = MigrationServiceStub(channel)
+        self._slots = asyncio.Semaphore(plan.at_once)
+
+    async def evacuate(self) -> int:
+        """Move all machines; returns how many could not be."""
+        results = await asyncio.gather(*(self._try(vm) for vm in self._plan.machines))
+        return results.count(False)
+
+    async def _try(self, vm: Machine) -> bool:
+        async with self._slots:
+            try:
+                await self._move(vm)
+            except (NeedsAPerson, grpc.aio.AioRpcError) as error:
+                said = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
+                say(vm, f"LEFT BEHIND: {said}")
+                return False
+            say(vm, "evacuated")
+            return True
+
+    async def _move(self, vm: Machine) -> None:
+        """Begin, or find what was begun before, and drive it to its end. Again, if it failed."""
+        for attempt in range(1, self._plan.tries + 1):
+            name = vm.migration(attempt)
+            await self._create(vm, name)
+            last = await self._drive(vm, name)
+            if last.state == pb.STATE_COMPLETED:
+                return
+            say(vm, f"{name} {name_of(last)} {last.error.message}")
+        raise NeedsAPerson(f"{self._plan.tries} migrations failed: see the agents' logs")
+
+    async def _create(self, vm: Machine, name: str) -> None:
+        wanted = pb.Migration(
+            peer=vm.peer,
+            volumes=[pb.Volume(source=source, target=target) for source, target in vm.volumes],
+            max_downtime_seconds=self._plan.max_downtime_seconds,
+        )
+        request = service.CreateMigrationRequest(migration_id=name, migration=wanted)
+        while True:
+            try:
+                await self._agent.CreateMigration(request, timeout=60)
+                say(vm, "started")
+                return
+            except grpc.aio.AioRpcError as error:
+                if error.code() == grpc.StatusCode.ALREADY_EXISTS:  # by us, before a restart
+                    say(vm, "found under way")
+                    return
+                if error.code() not in _PASSING:
+                    raise
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _drive(self, vm: Machine, name: str) -> pb.Migration:
+        """Do what each state asks for until the migration has ended; return its last state."""
+        refusals = 0
+        while True:
+            try:
+                last = await self._watch(vm, name)
+                if last is not None:
+                    return last
+            except grpc.aio.AioRpcError as error:
+                if error.code() == grpc.StatusCode.NOT_FOUND:  # only the target knows of it
+                    return pb.Migration(state=pb.STATE_FAILED)
+                # The VM still wrote, say; or somebody else did something meanwhile: look again.
+                refusals += error.code() == grpc.StatusCode.FAILED_PRECONDITION
+                if refusals > self._plan.tries or error.code() not in _AGAIN:
+                    raise
+                say(vm, f"again: {error.details()}")
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _watch(self, vm: Machine, name: str) -> pb.Migration | None:
+        """Wait until there is something to do, and do it. Returns a migration that has ended."""
+        request = service.WatchMigrationRequest(name=f"migrations/{name}")
+        async for answer in self._agent.WatchMigration(request):
+            migration: pb.Migration = answer.migration
+            if migration.state in (*_OVER, pb.STATE_COMPLETED):
+                return migration
+            if migration.state == pb.STATE_PAUSED and migration.HasField("last_refusal"):
+                raise NeedsAPerson(migration.last_refusal.message)
+            if migration.state in (pb.STATE_CONVERGED, pb.STATE_CUT_OVER):
+                await self._act(vm, migration)
+                break  # what the stream holds by now is old
+        return None
+
+    async def _act(self, vm: Machine, migration: pb.Migration) -> None:
+        """Each step may be done twice: before a restart, and after it."""
+        if migration.state == pb.STATE_CONVERGED:
+            say(vm, "powering down")
+            await run(self._plan.power_down, vm)
+            request = service.CutOverMigrationRequest(name=migration.name, force=True)
+            done = await self._agent.CutOverMigration(request)
+            say(vm, f"cut over, downtime {done.progress.downtime_seconds:.3f} s")
+        else:
+            say(vm, "booting")
+            await run(self._plan.boot, vm)
+            # From here on there is no way back.
+            await self._agent.FinishMigration(service.FinishMigrationRequest(name=migration.name))
+
+
+async def run(command: Sequence[str], vm: Machine) -> None:
+    """Run a command for a machine. NeedsAPerson unless it ends well."""
+    try:
+        process = await asyncio.create_subprocess_exec(*command, vm.name, stdin=DEVNULL)
+    except OSError as error:
+        raise NeedsAPerson(f"{command[0]} cannot be run: {error.strerror}") from error
+    if await process.wait():
+        raise NeedsAPerson(f"{command[0]} {vm.name} ended with {process.returncode}")
+
+
+def say(vm: Machine, what: str) -> None:
+    """Tell on stdout what happens."""
+    print(f"{vm.name}: {what}", flush=True)
+
+
+def name_of(migration: pb.Migration) -> str:
+    """Return "FAILED", say."""
+    return pb.State.Name(migration.state).removeprefix("STATE_")
+
+
+def open_channel(plan: Evacuation) -> grpc.aio.Channel:
+    """Return a channel to the source's agent."""
+    if not plan.tls:
+        return grpc.aio.insecure_channel(plan.source)
+    key, cert, ca = (Path(plan.tls[name]).read_bytes() for name in ("key", "cert", "ca"))
+    return grpc.aio.secure_channel(plan.source, grpc.ssl_channel_credentials(ca, key, cert))
+
+
+async def main(path: str) -> int:
+    """Evacuate as a file says; returns the exit code."""
+    plan = load(Path(path))
+    async with open_channel(plan) as channel:
+        return 1 if await Controller(plan, channel).evacuate() else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m examples.controller.controller FILE")
+    sys.exit(asyncio.run(main(sys.argv[1])))
