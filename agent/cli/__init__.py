@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from agent.cli import certificate, change, host, look, move
+from agent.cli import certificate, change, host, look, move, power
 from agent.cli.failure import FailingGroup
 from agent.version import agent_version
 
@@ -31,6 +31,7 @@ for _command in (
     change.delete,
     look.verify,
     certificate.certificate,
+    power.power_down,
     host.devices,
     host.doctor,
     host.completion,

@@ -27,6 +27,7 @@ CONTRACT = "id state rounds bytes_sent bytes_total predicted_downtime_seconds do
 COMMANDS = (
     *("agent", "migrate", "cutover", "list", "show", "watch", "pause", "resume", "cancel"),
     *("rollback", "finish", "verify", "doctor", "update", "delete", "devices", "completion"),
+    "power-down",
 )
 GROUPS = {"certificate": ("show", "verify")}
 PATHS = [*((name,) for name in COMMANDS), *((g, name) for g in GROUPS for name in GROUPS[g])]

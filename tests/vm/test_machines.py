@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
+from agent.errors import NotFound
+from agent.qemu.power import find_vms, power_down
 from tests.devices import LoopDevice
 from tests.e2e import disks
 from tests.e2e.agents import eventually
@@ -189,3 +191,20 @@ def test_three_machines_at_once(hosts: Hosts, machines: Callable[..., Machine]) 
     for machine in all_three:
         live_on(machine, machine.target)
     hosts.pair.tidy()
+
+
+@vm
+def test_the_hook_that_comes_along_powers_down(machines: Callable[..., Machine]) -> None:
+    """`warmsync power-down` finds the QEMU by its block device, and waits for its end."""
+    machine = machines(plan=PLANS["ext4"])
+    guest = machine.boot(machine.source)
+    address = str(guest.monitor)
+    paths = [source for source, _ in machine.volumes]
+    assert find_vms(paths, [address]) == [address]
+    ended = power_down(address, SECONDS, kill=False)
+    assert (ended.forced, ended.process_ended) == (False, True)
+    assert guest.process.wait(SECONDS) == 0
+    machine.promised |= guest.acknowledged()
+    machine.check(machine.source)
+    with pytest.raises(NotFound):
+        find_vms(paths, [address])

@@ -1,0 +1,71 @@
+"""Powering a VM down: found by its disk, asked, and ended by force only where that is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from agent.cli import cli
+from agent.errors import FailedPrecondition, NotFound
+from agent.qemu.power import find_vms, power_down
+from tests import devices
+from tests.qemus import Qemu
+
+
+@pytest.fixture
+def deaf(make_disk: Callable[..., Qemu]) -> Qemu:
+    """A machine whose firmware knows no power button."""
+    devices.require("qemu-system")
+    qemu = make_disk()
+    qemu.start_machine()
+    return qemu
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(cli, ["power-down", *args])
+
+
+def test_it_is_found_by_its_disk(deaf: Qemu, tmp_path: Path) -> None:
+    alias = tmp_path / "alias"
+    alias.symlink_to(deaf.image)
+    assert find_vms([str(alias)], [deaf.socket]) == [deaf.socket]
+    with pytest.raises(NotFound) as caught:
+        find_vms([str(deaf.image), "/dev/null"], [deaf.socket])
+    assert (caught.value.reason, caught.value.values["path"]) == ("VM_NOT_FOUND", "/dev/null")
+
+
+def test_a_guest_that_refuses(deaf: Qemu) -> None:
+    with pytest.raises(FailedPrecondition) as caught:
+        power_down(deaf.socket, 1.0, kill=False)
+    assert caught.value.reason == "GUEST_STILL_ON"
+    assert deaf.process is not None
+    assert deaf.process.poll() is None
+    ended = power_down(deaf.socket, 1.0, kill=True)
+    assert (ended.forced, ended.process_ended) == (True, True)
+    assert deaf.process.wait(20) == 0  # it was asked to quit
+
+
+def test_a_guest_that_is_off_already(deaf: Qemu) -> None:
+    deaf.kill()
+    words = ["--socket", deaf.socket, str(deaf.image)]
+    assert run(*words).exit_code == 1
+    done = run(*words, "--allow-off", "--json")
+    assert (done.exit_code, json.loads(done.stdout)) == (0, {"powered_down": []})
+
+
+def test_as_a_hook_it_takes_the_disks_of_the_migration(
+    deaf: Qemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("--socket", deaf.socket).exit_code == 2
+    monkeypatch.setenv("WARMSYNC_VOLUMES", "1")
+    monkeypatch.setenv("WARMSYNC_VOLUME_0", str(deaf.image))
+    pattern = str(Path(deaf.socket).with_name("*.sock"))
+    refused = run("--socket", pattern, "--seconds", "1s")
+    assert (refused.exit_code, "is still on" in refused.stderr) == (1, True)
+    done = run("--socket", pattern, "--seconds", "1s", "--kill")
+    assert done.exit_code == 0, done.output
+    assert "ended by force" in done.stdout
