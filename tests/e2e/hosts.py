@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +17,16 @@ CHECKPOINT = 1 * MIB
 class Hosts:
     """Two agents that can be stopped, killed and started again, each on its own port."""
 
-    def __init__(self, directory: Path, pins: Path, stack: ExitStack) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        pins: Path,
+        stack: ExitStack,
+        settings: Mapping[str, Mapping[str, object]] | None = None,
+        allowed: tuple[str, ...] = (),
+    ) -> None:
+        self._settings = {"transfer": {"checkpoint_bytes": CHECKPOINT}} | dict(settings or {})
+        self._allowed = (*agents.ALLOWED, *allowed)
         self._directory = directory
         self._pins = pins
         self._stack = stack
@@ -28,9 +38,13 @@ class Hosts:
         return Pair(self.source, self.target)
 
     def _start(self, name: str, listen: str) -> Agent:
-        settings = {"transfer": {"checkpoint_bytes": CHECKPOINT}}
         running = agents.agent(
-            name, self._directory, self._pins / name, listen=listen, settings=settings
+            name,
+            self._directory,
+            self._pins / name,
+            listen=listen,
+            allowed=self._allowed,
+            settings=self._settings,
         )
         return self._stack.enter_context(running)
 

@@ -24,6 +24,8 @@ class Plan:
     partitioned: bool = False
     cache: str = "none"
     aio: str = "io_uring"
+    image: str = "raw"
+    """The format of the source's disks: raw on block devices, or qcow2 in files."""
     more_bytes: int = 0
     """By how much the target's disks are larger."""
 
@@ -46,6 +48,8 @@ class Machine:
     source: list[LoopDevice]
     target: list[LoopDevice]
     stack: ExitStack
+    images: list[str] = field(default_factory=list)
+    """Files of another format that the source's disks were put into, if they were."""
     promised: Records = field(default_factory=dict)
     runs: int = 0
     size_bytes: int = 0
@@ -54,12 +58,15 @@ class Machine:
     @property
     def volumes(self) -> list[tuple[str, str]]:
         """The pairs of a migration."""
-        return [(a.path, b.path) for a, b in zip(self.source, self.target, strict=True)]
+        sources = self.images or [disk.path for disk in self.source]
+        return [(a, b.path) for a, b in zip(sources, self.target, strict=True)]
 
     def start(self, disks: Sequence[LoopDevice], setup: Setup | None = None) -> Guest:
         """Start a run on these disks, and wait for nothing."""
         self.runs += 1
         drives = [Drive(disk.path, self.plan.cache, self.plan.aio) for disk in disks]
+        if self.images and disks is self.source:
+            drives = [Drive(path, self.plan.cache, "threads", "qcow2") for path in self.images]
         name = f"{self.name}.{self.runs}"
         setup = replace(setup or self.plan.setup, seed=self.runs)
         run = running(name, self.boot_files, setup, drives, self.directory / name)
@@ -116,4 +123,9 @@ def machine(name: str, plan: Plan, boot: Boot, directory: Path, stack: ExitStack
         filesystems.make(disk, plan.kind, plan.partitioned)
     for disk in target:
         soil(disk.path, seed=1)
-    return Machine(name, plan, boot, directory, source, target, stack)
+    made = Machine(name, plan, boot, directory, source, target, stack)
+    if plan.image != "raw":
+        made.images = [str(directory / f"{name}-{i}.{plan.image}") for i in range(plan.disks)]
+        for disk, path in zip(source, made.images, strict=True):
+            devices.run("qemu-img", "convert", "-f", "raw", "-O", plan.image, disk.path, path)
+    return made

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from agent.errors import NotFound
 from agent.qemu.power import find_vms, power_down
+from tests import devices
 from tests.devices import LoopDevice
 from tests.e2e import disks
 from tests.e2e.agents import eventually
 from tests.e2e.hosts import Hosts
+from tests.native.tracking import bpffs
 from tests.vm.guest import SECONDS, Guest, Setup
 from tests.vm.machine import Machine, Plan
 
@@ -191,6 +195,54 @@ def test_three_machines_at_once(hosts: Hosts, machines: Callable[..., Machine]) 
     for machine in all_three:
         live_on(machine, machine.target)
     hosts.pair.tidy()
+
+
+@vm
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@pytest.mark.parametrize("partitioned", [False, True], ids=["bare", "partition"])
+def test_a_machine_is_larger_on_the_other_side(
+    hosts: Hosts, machines: Callable[..., Machine], kind: str, partitioned: bool
+) -> None:
+    machine = machines(plan=Plan(kind, partitioned=partitioned, more_bytes=64 * disks.MIB))
+    guest = machine.boot(machine.source)
+    name = migrate(hosts, machine, guest, "--resize")
+    machine.end(guest)
+    shown = hosts.source.ask("cutover", name, "--force")
+    assert shown["state"] == "CUT_OVER"
+    (resize,) = shown["resizes"]
+    assert resize["error"] is None, resize
+    assert shown["downtime_parts"]["resize_seconds"] > 0
+    machine.check(machine.target)
+    before, machine.size_bytes = machine.size_bytes, 0
+    live_on(machine, machine.target)  # all that was promised is there
+    assert machine.size_bytes > before + 32 * disks.MIB
+    hosts.pair.tidy()
+
+
+@vm
+def test_a_machine_with_a_qcow2_disk_moves(
+    tmp_path: Path, machines: Callable[..., Machine]
+) -> None:
+    """Its QEMU ends with the power-down: what it had marked is read from the image then."""
+    settings = {"qemu": {"sockets": [f"{tmp_path}/*/qmp"], "run_dir": str(tmp_path / "run")}}
+    machine = machines(plan=Plan(image="qcow2", cache="writeback"))
+    with bpffs() as pins, ExitStack() as stack:
+        hosts = Hosts(tmp_path, pins, stack, settings, (f"{tmp_path}/*",))
+        guest = machine.boot(machine.source)
+        name = hosts.pair.start(
+            "--tracker", "qemu", "--max-downtime", "20s", volumes=machine.volumes
+        )
+        converge(hosts, name)
+        guest.wait_written(RECORDS)
+        machine.end(guest)
+        shown = hosts.source.ask("cutover", name, "--force")
+        assert (shown["state"], shown["suspect_volumes"]) == ("CUT_OVER", 0)
+        for image, target in machine.volumes:
+            words = ("-f", "qcow2", "-F", "raw", image, target)
+            assert "identical" in devices.run("qemu-img", "compare", *words)
+        machine.check(machine.target)
+        live_on(machine, machine.target)
+        assert hosts.source.ask("finish", name)["state"] == "COMPLETED"
 
 
 @vm
