@@ -40,12 +40,30 @@ def test_a_schedule_is_survived(seed: int) -> None:
 
 def test_a_broken_rule_is_noticed() -> None:
     require("root", "loop", "bpf", "nbdkit", "fio")
-    played, what = notice("4", SEEDS[0], len(SEEDS))
-    assert "bytes lost" in what, f"{played} schedules, and nobody missed the flush"
+    seen = notice("4", SEEDS[0], len(SEEDS))
+    assert "bytes lost" in seen.judge, f"nobody missed the flush: {seen}"
 
 
 def test_each_rule_has_a_breach() -> None:
     assert {one.rule for one in BREACHES.values()} == set(range(1, 14))
+    for name, breach in BREACHES.items():
+        assert any(map(breach.suits, map(schedule, range(1, 60)))), name
+
+
+@pytest.mark.parametrize("name", BREACHES)
+def test_a_breach_applies(tmp_path: Path, name: str) -> None:
+    require("root")
+    host = Host(tmp_path, "source", schedule(1), name)
+    run = subprocess.run([*host.command, sys.executable, "-c", ""], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_breach_that_does_not_apply_ends_the_agent(tmp_path: Path) -> None:
+    require("root")
+    host = Host(tmp_path, "source", schedule(1), "14")
+    run = subprocess.run([*host.command, sys.executable, "-c", ""], capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "the breach is not applied" in run.stderr
 
 
 def test_every_fault_happens() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import socket
@@ -11,12 +10,11 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
-from tests.e2e import disks
 from tests.gauntlet.disk_faults import DISKS
-from tests.gauntlet.field import BreachError, Field
+from tests.gauntlet.field import Field
+from tests.gauntlet.judge import judge_claims
 from tests.gauntlet.schedule import Fault
 
-_INTRUSIONS = 4
 _JUMPS = (-3600, -10, 10, 3600, 86_400)
 """How far wall clocks go, in seconds."""
 
@@ -96,7 +94,7 @@ def _strike_network(ground: Field, fault: Fault) -> None:
         case "stranger":
             _call_as_stranger(ground)
         case "intruder":
-            _intrude(ground)
+            judge_claims(ground, patient=True)
         case _:
             raise ValueError(fault.kind)
 
@@ -107,17 +105,3 @@ def _call_as_stranger(ground: Field) -> None:
     for number in (int(port), int(port) + 1):
         with suppress(OSError), socket.create_connection((host, number), timeout=1.0) as stranger:
             stranger.sendall(random.Random(ground.plan.seed).randbytes(4096))
-
-
-def _intrude(ground: Field) -> None:
-    """Somebody wants the targets for himself: what the agent holds he must not get."""
-    for volume in ground.volumes:
-        real, got = os.path.realpath(volume.target), 0
-        for _ in range(_INTRUSIONS):
-            held = real in ground.target.held()
-            free = disks.is_free(volume.target)
-            # Between two sessions it is let go of for a moment, and claimed anew.
-            got += held and free and real in ground.target.held()
-            time.sleep(0.1)
-        if got == _INTRUSIONS:
-            raise BreachError(f"{volume.target} can be claimed while it is written to")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterator
+
 from tests import content, guest
 from tests.e2e import disks
 from tests.e2e.agents import Shown
 from tests.gauntlet.field import GONE, BreachError, Field
 from tests.gauntlet.schedule import WRITERS
+from tests.gauntlet.volumes import Volume
 
 RELEASED = ("CUT_OVER", "COMPLETED")
+
+_LOOKS = 4
 
 
 def judge(ground: Field, name: str, shown: Shown) -> str:
@@ -32,6 +39,27 @@ def judge(ground: Field, name: str, shown: Shown) -> str:
     if "cancel" not in ground.plan.kinds:
         raise BreachError(f"cancelled by nobody: {shown}")
     return "cancelled"
+
+
+def judge_claims(ground: Field, *, patient: bool = False) -> None:
+    """Nobody else can have a target that the agent holds; `patient`: also try it for a while."""
+    for volume in ground.volumes:
+        looks = _try_to_claim(ground, volume)
+        if all(list(looks) if patient else looks):
+            raise BreachError(f"{volume.target} can be claimed while it is written to")
+
+
+def _try_to_claim(ground: Field, volume: Volume) -> Iterator[bool]:
+    """Try a few times whether a target can be claimed although the agent has it open.
+
+    Once is not enough: between two sessions it is let go of for a moment, and claimed anew.
+    """
+    real = os.path.realpath(volume.target)
+    for _ in range(_LOOKS):
+        held = real in ground.target.held()
+        free = disks.is_free(volume.target)
+        yield held and free and real in ground.target.held()
+        time.sleep(0.1)
 
 
 def judge_ending(ground: Field, name: str) -> None:

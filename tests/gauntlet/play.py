@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.e2e.agents import ENDED, Shown
 from tests.gauntlet.faults import strike
 from tests.gauntlet.field import GONE, SECONDS, BreachError, Field, field
-from tests.gauntlet.judge import judge, judge_ending
+from tests.gauntlet.judge import judge, judge_claims, judge_ending
 from tests.gauntlet.schedule import Fault, Schedule
 
 _ATTEMPTS = 4
@@ -19,20 +19,29 @@ _ATTEMPTS = 4
 
 
 def play(
-    plan: Schedule, directory: Path, pins: Path, struck: Counter[str], breach: str = ""
+    plan: Schedule,
+    directory: Path,
+    pins: Path,
+    struck: Counter[str],
+    *,
+    breach: str = "",
+    verify: str = "full",
 ) -> str:
     """Play a schedule; returns how it ended, and counts what `struck`. BreachError.
 
-    `breach` names what the agents do wrong on purpose; see `tests.gauntlet.breaches`.
+    `breach` names what the agents do wrong on purpose; see `tests.gauntlet.breaches`. `verify` is
+    what they compare at the cutover: `full`, `final` or `none`.
     """
     with field(plan, directory, pins, breach) as ground:
         ground.boot()
-        name = _migrate(ground)
+        name = _migrate(ground, verify)
         for fault in plan.faults:
             strike(ground, fault, name, struck)
         ground.proxy.heal()
         ground.ask(ground.source, "update", name, "--bandwidth-limit", "0")
         shown = ground.wait(name, "CONVERGED", "CUT_OVER", *ENDED)
+        if shown["state"] == "CONVERGED":
+            judge_claims(ground)
         ground.power_off()
         for attempt in range(_ATTEMPTS):
             if shown["state"] in (*ENDED, "CUT_OVER", GONE):
@@ -47,10 +56,11 @@ def play(
         return how
 
 
-def _migrate(ground: Field) -> str:
+def _migrate(ground: Field, verify: str) -> str:
     plan = ground.plan
     words = ["--tracker", plan.tracker, "--carrier", plan.carrier, "--max-downtime", "20s"]
     words += ["--bandwidth-limit", "16M", "--id", f"g{plan.seed}"]
+    words += ["--verify", verify]
     words += ["--reuse-target"] if plan.reuse_target else []
     pairs = [f"{one.source}:{one.target}" for one in ground.volumes]
     volumes = [word for pair in pairs for word in ("--volume", pair)]
