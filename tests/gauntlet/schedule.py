@@ -109,6 +109,15 @@ class Schedule:
         """Return all kinds of faults in it."""
         return {one.kind for one in (*self.faults, self.cutover, self.ending_fault)}
 
+    @property
+    def is_hasty(self) -> bool:
+        """Whether a cutover is also asked for when all has converged and the guest still runs.
+
+        Not of files: whoever has one open writes on when its permission is gone.
+        """
+        files = any(one.source == "file" for one in self.volumes)
+        return "cutover early" in self.kinds and not files
+
     def __str__(self) -> str:
         """Return it in a line."""
         what = ", ".join(one.kind for one in self.faults)

@@ -46,9 +46,15 @@ BREACHES = {
         6,
         "nobody looks for marks after the last round",
         patches.never_look_again,
-        _has("cutover early"),
+        lambda plan: plan.is_hasty,
     ),
-    "7": Breach(7, "the source is read through the page cache", patches.read_through_page_cache),
+    "7": Breach(
+        7,
+        "the source is read through the page cache",
+        patches.read_through_page_cache,
+        # What is written to the whole disk is not in the page cache of a partition.
+        lambda plan: plan.whole_disk and any(one.source == "partition" for one in plan.volumes),
+    ),
     "8": Breach(8, "marks are believed after a reboot", patches.believe, _has("source reboot")),
     "9": Breach(
         9,
