@@ -66,6 +66,16 @@ def test_a_breach_that_does_not_apply_ends_the_agent(tmp_path: Path) -> None:
     assert "the breach is not applied" in run.stderr
 
 
+def test_only_the_schedules_that_suit_a_breach_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = []
+    monkeypatch.setattr(
+        "tests.gauntlet.breaches.__main__.play", lambda plan, *_, **__: played.append(plan.seed)
+    )
+    require("root", "bpf")
+    seen = notice("3", 1, within=2)
+    assert (played, seen.suitable, seen.seeds, seen.is_noticed) == ([34, 41], 2, 41, False)
+
+
 def test_every_fault_happens() -> None:
     plans = [schedule(seed) for seed in range(400)]
     met = Counter(fault.kind for plan in plans for fault in plan.faults)

@@ -23,9 +23,16 @@ from tests.native.tracking import bpffs
 @click.option("--count", default=20, help="How many schedules.", show_default=True)
 @click.option("--keep-going", is_flag=True, help="Play on after a failure.")
 @click.option("--minutes", type=float, help="Begin no schedule later than this.")
+@click.option("--verify", default="full", help="What is compared at cutovers.", show_default=True)
 @click.option("--log", type=Path, help="Append a line of JSON for each schedule to this file.")
 def main(
-    seed: int, count: int, *, keep_going: bool, minutes: float | None, log: Path | None
+    seed: int,
+    count: int,
+    *,
+    keep_going: bool,
+    minutes: float | None,
+    verify: str,
+    log: Path | None,
 ) -> None:
     """Throw everything at whole migrations, and compare every byte."""
     records: list[Record] = []
@@ -34,7 +41,7 @@ def main(
         for number in range(seed, seed + count):
             if minutes is not None and time.monotonic() - began > minutes * 60:
                 break
-            record = run(number, pins / str(number))
+            record = run(number, pins / str(number), verify)
             records.append(record)
             if log is not None:
                 append(log, record)
@@ -46,14 +53,14 @@ def main(
         raise click.ClickException(f"broken; repeat with --count 1 --seed, one of {broken}")
 
 
-def run(seed: int, pins: Path) -> Record:
+def run(seed: int, pins: Path, verify: str) -> Record:
     """Play the schedule of a seed; what went wrong is printed with the agents' logs."""
     plan, started = schedule(seed), time.monotonic()
     struck = Counter[str]()
     error = ""
     with tempfile.TemporaryDirectory(prefix="warmsync-test-", dir=host.SCRATCH) as place:
         try:
-            how = play(plan, Path(place), pins, struck)
+            how = play(plan, Path(place), pins, struck, verify=verify)
         except Exception as broken:
             how, error = BROKEN, f"{type(broken).__name__}: {broken}"
             traceback.print_exception(broken)

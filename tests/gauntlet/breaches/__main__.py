@@ -22,6 +22,7 @@ from tests.native.tracking import bpffs
 
 SIGNS = {
     "COPIES_DIFFER": "copies differ id=",
+    "NOT_QUIESCED": "reason=NOT_QUIESCED",
     "suspect": "volume suspect path=",
     "trace": "trace=",
 }

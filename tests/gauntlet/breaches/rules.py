@@ -41,7 +41,12 @@ BREACHES = {
         4, "generations are acknowledged without a flush", patches.acknowledge_before_flush
     ),
     "5": Breach(5, "what was sent counts as held when the target is lost", patches.trust_unflushed),
-    "6a": Breach(6, "the page cache is not flushed before the takes", patches.leave_page_cache),
+    "6a": Breach(
+        6,
+        "the page cache is not flushed before the takes",
+        patches.leave_page_cache,
+        lambda plan: plan.writer == "buffered",
+    ),
     "6b": Breach(
         6,
         "nobody looks for marks after the last round",
