@@ -22,6 +22,7 @@ from agent.errors import (
     Cancelled,
     DataLoss,
     FailedPrecondition,
+    InvalidArgument,
     NotFound,
     ResourceExhausted,
     Unavailable,
@@ -547,7 +548,15 @@ class SourceMigration:
         """The target knows nothing of us: claim its devices again, and believe nothing."""
         if self._is_releasing:
             raise unknown_owner(self._prepared.peer.address)
-        self._secret = await self._prepared.peer.open_session(self._prepared.request)
+        try:
+            self._secret = await self._prepared.peer.open_session(self._prepared.request)
+        except (FailedPrecondition, InvalidArgument, NotFound) as error:
+            raise FailedPrecondition(
+                "TARGET_NOT_CLAIMED",
+                f"the target's agent has lost its state and cannot claim the devices again: {error}"
+                "; then resume",
+                **error.values,
+            ) from error
         self._epoch = 1
         self._sender.agree(0)
         await self._forget_target("the target's agent has lost its state")
@@ -657,6 +666,8 @@ class SourceMigration:
         """Pause and say why: once resumed, the migration connects again."""
         self._refusal = error
         self._lost_at = None
+        if self.state is State.PENDING:  # the comparison with an older copy comes first
+            self._move(Event.SEED)
         if self.state is not State.PAUSED:
             self._move(Event.PAUSE)
             self._sender.pause()

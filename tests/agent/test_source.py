@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from agent.errors import (
 from agent.errors import WarmsyncError as Error
 from agent.source import SourceMigration
 from agent.state import Event, State
+from native.chunk import digests
 from tests.agent.ends import SIZE, Source, source, until
 from tests.agent.rpc_helpers import run
 
@@ -454,6 +456,55 @@ def test_a_full_target_disk_pauses_until_it_is_mended(end: Source) -> None:
         await reach(migration, State.PAUSED)
         assert migration.snapshot().refusal is full
         assert "resume 2" not in end.peer.calls
+        migration.resume()
+        await reach(migration, State.CONVERGED)
+        await migration.cut_over(force=False)
+        assert end.equal()
+        await migration.finish()
+
+    trial(end, steps)
+
+
+def test_a_target_disk_that_fails_in_the_first_comparison_pauses(end: Source) -> None:
+    """With --reuse-target it is read before anything is sent. Found by the gauntlet (seed 2004)."""
+    end.plan = replace(end.plan, reuse_target=True)
+    broken = DataLoss("TARGET_IO_ERROR", "the disk under target fails", side="target")
+    end.peer.errors["digests"] = [broken]
+
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.PAUSED)
+        assert migration.snapshot().refusal is broken
+        end.peer.digests = _all_of(end)  # type: ignore[assignment,method-assign]
+        migration.resume()
+        await reach(migration, State.CONVERGED)
+        await migration.cut_over(force=False)
+        assert end.equal()
+        await migration.finish()
+
+    trial(end, steps)
+
+
+def _all_of(end: Source) -> Callable[[str, int], AsyncIterator[tuple[int, bytes]]]:
+    async def theirs(token: str, volume: int) -> AsyncIterator[tuple[int, bytes]]:
+        yield 0, digests(end.targets[volume].read_bytes())
+
+    return theirs
+
+
+def test_a_forgetful_target_whose_disk_is_gone_pauses(end: Source) -> None:
+    """Found by the gauntlet (seed 2041)."""
+    gone = NotFound("DEVICE_NOT_FOUND", "target does not exist; check the name", path="target")
+
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        end.peer.errors["resume"] = [NotFound("SESSION_NOT_FOUND", "no such session")] * 2
+        end.peer.errors["open_session"] = [gone]
+        end.peer.digests = _all_of(end)  # type: ignore[assignment,method-assign]
+        end.carrier.failure = LOST
+        await reach(migration, State.PAUSED)
+        refusal = migration.snapshot().refusal
+        assert refusal is not None
+        assert (refusal.reason, "does not exist" in str(refusal)) == ("TARGET_NOT_CLAIMED", True)
         migration.resume()
         await reach(migration, State.CONVERGED)
         await migration.cut_over(force=False)

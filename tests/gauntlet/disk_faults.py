@@ -56,8 +56,8 @@ def _fill_target(ground: Field, seconds: float) -> None:
     """It has been too small from the beginning; now it is mended."""
     time.sleep(seconds)
     small = ground.volumes[0].small
-    assert small is not None, ground.plan
-    enlarge(small)
+    if small is not None:  # a power cut in the cutover has asked for another disk
+        enlarge(small)
 
 
 def _cut_power_of_target(ground: Field, seconds: float) -> None:
