@@ -17,6 +17,8 @@ from benchmarks.contender import OURS, Contender, Copied
 
 _POLL_SECONDS = 0.2
 """Coarse, as looking costs both ends: times come from the migration's history."""
+COPIED = (pb.STATE_SYNCING, pb.STATE_CONVERGED, pb.STATE_CUT_OVER)
+"""States in which round 0 is done."""
 _ENDED = (pb.STATE_FAILED, pb.STATE_CANCELLED)
 
 
@@ -37,13 +39,18 @@ class Move:
             raise RuntimeError(f"the migration ended: {found.error.message}")
         return found
 
-    def wait(self, ready: Callable[[pb.Migration], bool], timeout_seconds: float) -> pb.Migration:
+    def wait(
+        self,
+        ready: Callable[[pb.Migration], bool],
+        timeout_seconds: float,
+        poll_seconds: float = _POLL_SECONDS,
+    ) -> pb.Migration:
         """Look until `ready`; TimeoutError when it takes too long."""
         deadline = time.monotonic() + timeout_seconds
         while not ready(found := self.look()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not there after {timeout_seconds} s: {found}")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(poll_seconds)
         return found
 
     def seed_seconds(self, timeout_seconds: float = 600) -> float:
@@ -53,6 +60,11 @@ class Move:
             timeout_seconds,
         )
         return _entered(found, pb.STATE_SYNCING) - self._created
+
+    def copy_seconds(self) -> float:
+        """Return the time of round 0, which is done, without what came before it."""
+        found = self.look()
+        return _entered(found, pb.STATE_SYNCING) - _entered(found, pb.STATE_SEEDING)
 
     def converged_seconds(self, timeout_seconds: float = 600) -> float:
         """Return the time from the request to when it first was CONVERGED."""
@@ -84,9 +96,18 @@ class Move:
 
 @contextmanager
 def migration(
-    sender: Agent, receiver: Agent, source: str, target: str, *, compress: bool | None = None
+    sender: Agent,
+    receiver: Agent,
+    source: str,
+    target: str,
+    *,
+    compress: bool | None = None,
+    cold: bool = False,
 ) -> Iterator[Move]:
-    """A migration of one volume; cancelled or rolled back at the end. `compress`: None: unsaid."""
+    """A migration of one volume; cancelled or rolled back at the end. `compress`: None: unsaid.
+
+    `cold`: the VM is off. A build that has no such mode is to be asked for the cutover.
+    """
     asked = pb.Migration(
         peer=receiver.address,
         volumes=[pb.Volume(source=source, target=target)],
@@ -94,6 +115,8 @@ def migration(
         max_downtime_seconds=0.5,
     )
     _choose(asked, compress)
+    if cold and "cold" in asked.DESCRIPTOR.fields_by_name:
+        ParseDict({"cold": True}, asked)
     with sender.channel() as channel:
         stub = MigrationServiceStub(channel)
         # Before the clock starts: a controller has its connection open.
