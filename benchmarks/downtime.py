@@ -22,7 +22,7 @@ from benchmarks.devices import (
     MIB,
     check_equal,
     discard,
-    fill_mixed,
+    fill_random,
     loop_device,
     require_devices,
     require_ebpf,
@@ -42,8 +42,8 @@ NAME = "downtime"
 TITLE = "downtime of a virtual machine that is moved while it writes, as it sees it"
 PAUSES_MS = {"idle": 1000, "moderate": 50, "heavy": 0}
 """Between two records of the guest; a record is made durable twice."""
-_FILLED_SHARE = 0.6
-"""How much of its disk is a file of the guest that it leaves alone."""
+_ROOM = 40 * MIB
+"""For the guest's program and the journal, beside a twentieth for tables; all else is one file."""
 
 _LEAST = 128 * MIB
 """The guest's program needs a little less."""
@@ -172,12 +172,12 @@ def _written_bytes(path: str) -> int:
 
 @contextmanager
 def _image(size_bytes: int) -> Iterator[Path]:
-    """An ext4 that is mostly full, with nothing left for the guest's kernel to make ready."""
+    """An ext4 that is nearly full, with nothing left for the guest's kernel to make ready."""
     with scratch_directory() as directory:
         content, image = directory / "content", directory / "image"
         content.mkdir()
         (content / "filler").touch()
-        fill_mixed(content / "filler", int(size_bytes * _FILLED_SHARE))
+        fill_random(content / "filler", size_bytes * 19 // 20 - _ROOM)
         now = "lazy_itable_init=0,lazy_journal_init=0"
         run("mkfs.ext4", "-qF", "-E", now, "-d", str(content), str(image), f"{size_bytes >> 10}k")
         (content / "filler").unlink()

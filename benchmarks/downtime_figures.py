@@ -12,6 +12,7 @@ from benchmarks.measure import Figure, Spread
 from benchmarks.scaling import (
     Warm,
     Whole,
+    filled,
     fit,
     follow_seconds,
     link_bytes_per_second,
@@ -62,20 +63,21 @@ def figures(writer: str, size_bytes: int, runs: Runs) -> Iterator[Figure]:
     """Yield what was measured with one writer."""
     yield _figure(writer, "guest writes", "MB/s", runs[OURS], _writes)
     for other in (COLD, MIRROR):
-        ratios = Spread.of(
-            their.downtime_seconds / our.downtime_seconds
-            for their, our in zip(runs[other], runs[OURS], strict=True)
-        )
-        yield Figure(f"{writer}: downtime of {other} to {OURS}'s", "ratio", ratios)
+        for what, value in (("downtime", _downtime), ("hand-over", _switch)):
+            pairs = zip(map(value, runs[other]), map(value, runs[OURS]), strict=True)
+            ratios = Spread.of(theirs / ours for theirs, ours in pairs)
+            yield Figure(f"{writer}: {what} of {other} to {OURS}'s", "ratio", ratios)
     for name, moved in runs.items():
         yield from _each(f"{writer}: {name}", size_bytes, moved)
+    foretold = Spread.of(1e3 * one.handed.foretold_seconds for one in runs[OURS])
+    yield Figure(f"{writer}: {OURS}: hand-over foretold by the agent", "ms", foretold)
     for index, (part, _) in enumerate(runs[OURS][0].handed.parts):
         spread = Spread.of(1e3 * one.handed.parts[index][1] for one in runs[OURS])
         yield Figure(f"{writer}: {OURS}: hand-over, {part}", "ms", spread)
 
 
 def _each(prefix: str, size_bytes: int, moved: Sequence[Moved]) -> Iterator[Figure]:
-    yield _figure(prefix, "downtime", "s", moved, lambda one: one.downtime_seconds)
+    yield _figure(prefix, "downtime", "s", moved, _downtime)
     yield _figure(prefix, "of it power-down", "s", moved, lambda one: one.off_seconds)
     yield _figure(prefix, "of it hand-over", "s", moved, lambda one: one.switch_seconds)
     yield _figure(prefix, "boot (taken out)", "s", moved, lambda one: one.boot_seconds)
@@ -91,14 +93,16 @@ def predictions(writer: str, runs: Runs, host: Host) -> Iterator[Figure]:
     """Yield the downtimes of a disk of 200 GB with this guest: predicted, not measured."""
     off = median(one.off_seconds for moved in runs.values() for one in moved)
     ours, mirror = warm_of(runs[OURS], host), mirror_of(runs[MIRROR])
-    whole, size = whole_of(runs[COLD]), DISK_GB * 1e9
     ours = replace(ours, table_seconds=host.table_seconds)
+    whole, size = whole_of(runs[COLD]), DISK_GB * 1e9
     for gigabits in LINKS_GIGABITS:
         link = link_bytes_per_second(gigabits)
         found = {
             f"{OURS}: downtime": off + warm_seconds(ours, link),
             f"{MIRROR}: downtime": off + warm_seconds(mirror, link),
             f"{COLD}: downtime": off + whole_seconds(whole, size, link),
+            # Of hosts with more than these processors: nothing but the link is in the way.
+            f"{COLD}, link filled: downtime": off + whole_seconds(filled(whole), size, link),
             f"{OURS}: time beside the guest": follow_seconds(ours, size, link),
         }
         for name, seconds in found.items():
@@ -147,6 +151,10 @@ def _inputs(moved: Sequence[Moved], read_bytes_per_second: float) -> Warm:
 
 def _median(moved: Sequence[Moved], value: Callable[[Moved], float]) -> float:
     return median(map(value, moved))
+
+
+def _downtime(one: Moved) -> float:
+    return one.downtime_seconds
 
 
 def _switch(one: Moved) -> float:

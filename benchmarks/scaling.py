@@ -84,6 +84,11 @@ def whole_seconds(whole: Whole, size_bytes: float, link: float = math.inf) -> fl
     return whole.fixed_seconds + size_bytes / min(link, whole.copy_bytes_per_second)
 
 
+def filled(whole: Whole) -> Whole:
+    """Return the copy of hosts that are quicker than any link."""
+    return replace(whole, copy_bytes_per_second=math.inf)
+
+
 def fit(warm: Warm, switch_seconds: float) -> Warm:
     """Return the same with what a whole hand-over took here beyond its data as `fixed_seconds`."""
     data = warm_seconds(replace(warm, fixed_seconds=0.0, table_seconds=0.0))

@@ -31,7 +31,7 @@ class Handed:
     """How a disk was handed over. `aside_seconds` were spent on counting, not on handing over.
 
     `left_bytes` were sent with the guest off, `unread_bytes` were still to be read back for the
-    proof; `copy_seconds` is the full copy's.
+    proof; `copy_seconds` is the full copy's; `foretold_seconds` is what the agent said beforehand.
     """
 
     sent_bytes: int = 0
@@ -39,6 +39,7 @@ class Handed:
     unread_bytes: int = 0
     copy_seconds: float = 0.0
     aside_seconds: float = 0.0
+    foretold_seconds: float = 0.0
     parts: tuple[tuple[str, float], ...] = ()
 
     def part(self, name: str) -> float:
@@ -92,6 +93,7 @@ class Warm(Reboot):
         self._move = self._stack.enter_context(migration(*self._ends, *self._disks))
         with suppress(TimeoutError):
             self._move.converged_seconds(_FOLLOW_SECONDS)
+        self._foretold = self._move.look().progress.predicted_downtime_seconds
 
     def hand_over(self) -> Handed:
         """Cut over."""
@@ -106,6 +108,7 @@ class Warm(Reboot):
             unread_bytes=before.unproved_bytes,
             copy_seconds=self._move.copy_seconds(),
             aside_seconds=aside,
+            foretold_seconds=self._foretold,
             parts=_parts(done),
         )
 

@@ -42,13 +42,13 @@ LINK = 0.5e9
 HOST = Host(read_bytes_per_second=2e9, table_seconds=0.02)
 PARTS = (("send", 0.01), ("verify", 0.05))
 WARM_RUN = Moved(
-    0.2, 0.048, 4.0, 2.0, 0.1e9, Handed(2_008_000_000, 8_000_000, 20_000_000, 0.5, 0, PARTS)
+    0.2, 0.048, 4.0, 2.0, 0.1e9, Handed(2_008_000_000, 8_000_000, 20_000_000, 0.5, 0, 0.4, PARTS)
 )
 RUNS = {
     OURS: [WARM_RUN, WARM_RUN],
     MIRROR: [Moved(0.2, 0.3, 5.0, 3.0, 0.1e9, Handed(1_000_000_000, 0, 0, 1.0))] * 2,
     COLD: [
-        Moved(0.2, 1.1, 4.0, 1.3, 0.1e9, Handed(2_000_000_000, 2_000_000_000, 0, 0.95, 0, PARTS))
+        Moved(0.2, 1.1, 4.0, 1.3, 0.1e9, Handed(2_000_000_000, 2_000_000_000, 0, 0.95, 0, 0, PARTS))
     ]
     * 2,
     REBOOT: [Moved(0.4, 0.0, 4.0, 0.4, 0.1e9, Handed())] * 2,
@@ -113,7 +113,7 @@ def test_runs_become_the_inputs_of_the_model() -> None:
 def test_predictions_are_called_so_and_have_the_power_down() -> None:
     found = _by_name(downtime_figures.predictions("heavy", RUNS, HOST))
     assert all(name.startswith("predicted, 200 GB at ") for name in found)
-    assert len(found) == 3 * 4
+    assert len(found) == 3 * 5
     at_100 = "predicted, 200 GB at 100 Gbit/s: heavy:"
     # The power-down of all is 0.2 s; then 30 ms, 20 ms of tables, and the data as here.
     assert found[f"{at_100} {OURS}: downtime"] == pytest.approx(0.2 + 0.05 + 0.018)
@@ -122,6 +122,8 @@ def test_predictions_are_called_so_and_have_the_power_down() -> None:
     assert found[f"{at_100} {OURS}: time beside the guest"] == pytest.approx(50 / (1 - 0.025))
     at_10 = "predicted, 200 GB at 10 Gbit/s: heavy:"
     assert found[f"{at_10} {COLD}: downtime"] == pytest.approx(0.2 + 0.1 + 200 / 1.175)
+    # This host copies 2 GB/s, such a link carries 11.75.
+    assert found[f"{at_100} {COLD}, link filled: downtime"] == pytest.approx(0.3 + 200 / 11.75)
 
 
 def test_who_never_converges_has_no_prediction() -> None:
@@ -146,8 +148,10 @@ def test_the_boot_is_no_downtime() -> None:
     assert found[f"heavy: {OURS}: downtime"] == pytest.approx(0.248)
     assert found[f"heavy: {OURS}: boot (taken out)"] == 4.0
     assert found[f"heavy: downtime of {COLD} to {OURS}'s"] == pytest.approx(1.3 / 0.248)
+    assert found[f"heavy: hand-over of {MIRROR} to {OURS}'s"] == pytest.approx(0.3 / 0.048)
     assert found[f"heavy: {OURS}: bytes sent / device"] == pytest.approx(2.008)
     assert found[f"heavy: {OURS}: hand-over, verify"] == pytest.approx(50)
+    assert found[f"heavy: {OURS}: hand-over foretold by the agent"] == pytest.approx(400)
     assert f"heavy: {REBOOT}: bytes sent / device" not in found
 
 

@@ -25,7 +25,7 @@ def test_each_way_moves_a_machine() -> None:
         assert found[f"heavy: {name}: downtime"].median > 0
         assert found[f"heavy: {name}: boot (taken out)"].median > 0
     for name in (OURS, MIRROR, COLD):
-        # 60% of the disk is data.
+        # More than a half of the least disk is data.
         assert found[f"heavy: {name}: bytes sent / device"].median > 0.4
     assert f"predicted, 200 GB at 10 Gbit/s: heavy: {COLD}: downtime" in found
     assert guest.LIVE == []
