@@ -17,8 +17,6 @@ from benchmarks.contender import OURS, Contender, Copied
 
 _POLL_SECONDS = 0.2
 """Coarse, as looking costs both ends: times come from the migration's history."""
-COPIED = (pb.STATE_SYNCING, pb.STATE_CONVERGED, pb.STATE_CUT_OVER)
-"""States in which round 0 is done."""
 _ENDED = (pb.STATE_FAILED, pb.STATE_CANCELLED)
 
 
@@ -106,17 +104,16 @@ def migration(
 ) -> Iterator[Move]:
     """A migration of one volume; cancelled or rolled back at the end. `compress`: None: unsaid.
 
-    `cold`: the VM is off. A build that has no such mode is to be asked for the cutover.
+    `cold`: the VM is off, and it is cut over at once.
     """
     asked = pb.Migration(
         peer=receiver.address,
         volumes=[pb.Volume(source=source, target=target)],
         tracker=pb.TRACKER_EBPF,
         max_downtime_seconds=0.5,
+        cold=cold,
     )
     _choose(asked, compress)
-    if cold and "cold" in asked.DESCRIPTOR.fields_by_name:
-        ParseDict({"cold": True}, asked)
     with sender.channel() as channel:
         stub = MigrationServiceStub(channel)
         # Before the clock starts: a controller has its connection open.
@@ -155,6 +152,11 @@ def _choose(asked: pb.Migration, compress: bool | None) -> None:
     if compress is not None and "compression" in asked.DESCRIPTOR.fields_by_name:
         # By name: such a build's enum is not in this one's types.
         ParseDict({"compression": f"COMPRESSION_{'ZSTD' if compress else 'NONE'}"}, asked)
+
+
+def is_handed_over(found: pb.Migration) -> bool:
+    """Whether the target owns the disk."""
+    return bool(found.state == pb.STATE_CUT_OVER)
 
 
 def _entered(found: pb.Migration, state: int) -> float:

@@ -18,10 +18,11 @@ from benchmarks.agents import Agent
 from benchmarks.boots import SECONDS, Run
 from benchmarks.devices import flush
 from benchmarks.mirror import JOB, finish, received_bytes
-from benchmarks.moves import COPIED, migration
+from benchmarks.moves import is_handed_over, migration
 from benchmarks.qemu import Setting, nbd_server
 
 _FOLLOW_SECONDS = 60.0
+_COPY_SECONDS = 600.0
 _POLL_SECONDS = 0.02
 """How often a cold copy is looked at: there is no guest to disturb, and each wait counts."""
 
@@ -72,11 +73,9 @@ class Cold(Reboot):
         self._ends, self._disks, self._stack = ends, disks, stack
 
     def hand_over(self) -> Handed:
-        """Copy all, cut over."""
+        """Copy all; the agent cuts over by itself."""
         move = self._stack.enter_context(migration(*self._ends, *self._disks, cold=True))
-        found = move.wait(lambda one: one.state in COPIED, _FOLLOW_SECONDS * 10, _POLL_SECONDS)
-        if found.state != pb.STATE_CUT_OVER:
-            found = move.cut_over()
+        found = move.wait(is_handed_over, _COPY_SECONDS, _POLL_SECONDS)
         sent = found.progress.sent_bytes
         return Handed(sent, sent, copy_seconds=move.copy_seconds(), parts=_parts(found))
 
