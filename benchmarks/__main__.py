@@ -15,6 +15,7 @@ from rich.console import Console
 
 from benchmarks import (
     delta,
+    downtime,
     full_copy,
     link,
     live,
@@ -49,6 +50,7 @@ MODULES = (
     tls_copy,
     delta,
     live,
+    downtime,
     link,
     memory,
     sparse,

@@ -103,6 +103,15 @@ def discard(path: str) -> None:
     run("blkdiscard", path)
 
 
+def flush(path: str) -> None:
+    """Make durable what was written to a device."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_seconds(path: str, length_bytes: int | None = None) -> float:
     """Return how long dd takes to read a device (its first `length_bytes`) with direct I/O."""
     command = ["dd", f"if={path}", "of=/dev/null", "iflag=direct", "bs=1M", "status=none"]

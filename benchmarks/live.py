@@ -7,7 +7,6 @@ the downtime runs until the target is equal and durable.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from benchmarks.devices import (
     check_equal,
     discard,
     fill_mixed,
+    flush,
     loop_device,
     require_devices,
     require_ebpf,
@@ -151,7 +151,7 @@ def _mirror(mode: str, setting: Setting) -> Contender:
                 if not job.wait(_CATCH_UP_SECONDS):
                     raise RuntimeError(f"{mode} is not ready though nothing is written")
                 job.finish(_CATCH_UP_SECONDS)
-                _flush(stage.target)
+                flush(stage.target)
                 downtime = time.monotonic() - ended
                 sent = job.sent_bytes()
                 lived = _lived(watch, ready, sent, downtime)
@@ -197,11 +197,3 @@ def _lived(
         iops=(before.iops, during.iops),
         p99_seconds=(before.percentile_seconds(0.99), during.percentile_seconds(0.99)),
     )
-
-
-def _flush(path: str) -> None:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

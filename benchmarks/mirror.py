@@ -22,7 +22,7 @@ from benchmarks.processes import START_SECONDS, server
 from benchmarks.qemu import Setting, nbd_server
 
 MODES = ("background", "write-blocking")
-_JOB = "mirror"
+JOB = "mirror"
 
 
 def require_mirror() -> None:
@@ -75,7 +75,7 @@ class Monitor:
         while b"\n" not in self._buffer:
             received = self._socket.recv(1 << 16)
             if not received:
-                raise RuntimeError("qemu-storage-daemon has hung up")
+                raise RuntimeError("QEMU has hung up")
             self._buffer += received
         line, _, self._buffer = self._buffer.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
@@ -96,7 +96,7 @@ class Mirror:
         """Begin to mirror the whole disk."""
         self._monitor.execute(
             "blockdev-mirror",
-            job_id=_JOB,
+            job_id=JOB,
             device="source",
             target="target",
             sync="full",
@@ -109,14 +109,24 @@ class Mirror:
 
     def finish(self, timeout_seconds: float) -> None:
         """End a job that is ready; it flushes the target. The source stays the guest's disk."""
-        self._monitor.execute("block-job-cancel", device=_JOB)
-        if not self._monitor.wait("BLOCK_JOB_COMPLETED", timeout_seconds):
-            raise RuntimeError(f"the mirror does not end within {timeout_seconds} s")
+        finish(self._monitor, timeout_seconds)
 
     def sent_bytes(self) -> int:
         """Return how much the target has received over TCP, requests with their headers."""
-        shown = run("ss", "-tinH", "state", "established", f"( sport = :{self._port} )")
-        return sum(int(count) for count in re.findall(r"bytes_received:(\d+)", shown))
+        return received_bytes(self._port)
+
+
+def finish(monitor: Monitor, timeout_seconds: float) -> None:
+    """End a job that is ready: it completes, with an equal target, and flushes it."""
+    monitor.execute("block-job-cancel", device=JOB)
+    if not monitor.wait("BLOCK_JOB_COMPLETED", timeout_seconds):
+        raise RuntimeError(f"the mirror does not end within {timeout_seconds} s")
+
+
+def received_bytes(port: int) -> int:
+    """Return what the connections to a port of this host have received so far, by the kernel."""
+    shown = run("ss", "-tinH", "state", "established", f"( sport = :{port} )")
+    return sum(int(count) for count in re.findall(r"bytes_received:(\d+)", shown))
 
 
 @contextmanager

@@ -37,13 +37,18 @@ class Move:
             raise RuntimeError(f"the migration ended: {found.error.message}")
         return found
 
-    def wait(self, ready: Callable[[pb.Migration], bool], timeout_seconds: float) -> pb.Migration:
+    def wait(
+        self,
+        ready: Callable[[pb.Migration], bool],
+        timeout_seconds: float,
+        poll_seconds: float = _POLL_SECONDS,
+    ) -> pb.Migration:
         """Look until `ready`; TimeoutError when it takes too long."""
         deadline = time.monotonic() + timeout_seconds
         while not ready(found := self.look()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not there after {timeout_seconds} s: {found}")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(poll_seconds)
         return found
 
     def seed_seconds(self, timeout_seconds: float = 600) -> float:
@@ -53,6 +58,11 @@ class Move:
             timeout_seconds,
         )
         return _entered(found, pb.STATE_SYNCING) - self._created
+
+    def copy_seconds(self) -> float:
+        """Return the time of round 0, which is done, without what came before it."""
+        found = self.look()
+        return _entered(found, pb.STATE_SYNCING) - _entered(found, pb.STATE_SEEDING)
 
     def converged_seconds(self, timeout_seconds: float = 600) -> float:
         """Return the time from the request to when it first was CONVERGED."""
@@ -84,14 +94,24 @@ class Move:
 
 @contextmanager
 def migration(
-    sender: Agent, receiver: Agent, source: str, target: str, *, compress: bool | None = None
+    sender: Agent,
+    receiver: Agent,
+    source: str,
+    target: str,
+    *,
+    compress: bool | None = None,
+    cold: bool = False,
 ) -> Iterator[Move]:
-    """A migration of one volume; cancelled or rolled back at the end. `compress`: None: unsaid."""
+    """A migration of one volume; cancelled or rolled back at the end. `compress`: None: unsaid.
+
+    `cold`: the VM is off, and it is cut over at once.
+    """
     asked = pb.Migration(
         peer=receiver.address,
         volumes=[pb.Volume(source=source, target=target)],
         tracker=pb.TRACKER_EBPF,
         max_downtime_seconds=0.5,
+        cold=cold,
     )
     _choose(asked, compress)
     with sender.channel() as channel:
@@ -132,6 +152,11 @@ def _choose(asked: pb.Migration, compress: bool | None) -> None:
     if compress is not None and "compression" in asked.DESCRIPTOR.fields_by_name:
         # By name: such a build's enum is not in this one's types.
         ParseDict({"compression": f"COMPRESSION_{'ZSTD' if compress else 'NONE'}"}, asked)
+
+
+def is_handed_over(found: pb.Migration) -> bool:
+    """Whether the target owns the disk."""
+    return bool(found.state == pb.STATE_CUT_OVER)
 
 
 def _entered(found: pb.Migration, state: int) -> float:
