@@ -413,6 +413,15 @@ class SourceDisk:
             self._store.remove()
         finally:
             self.device.close()
+            self._forget_files()
+
+    def _forget_files(self) -> None:
+        """Mapped files keep descriptors, and migrations that have ended are remembered."""
+        geometry = self.volume.size_bytes, self.volume.block_size_bytes
+        self._chosen = None
+        self.pending, self._marks = DirtyBitmap(*geometry), DirtyBitmap(*geometry)
+        if self.tree is not None:
+            self.tree.close()
 
 
 def not_quiesced(path: str, detail: str) -> FailedPrecondition:

@@ -713,6 +713,7 @@ class TargetSession:
         self._growth.close(devices)
         if not keep:
             self._witness.close()
+            self._writer = Writer([], [], self._threads, self._pool)
 
     def _move(self, *events: Event) -> None:
         """Move, and write it down: only then may it be told. Not written down, it is undone."""

@@ -150,3 +150,5 @@ class Witness:
         for tree, store in zip(self._trees, self._stores, strict=True):
             tree.close()
             store.remove()
+        # Mapped files keep descriptors, and ended sessions are remembered.
+        self._written = [DirtyBitmap(tree.size_bytes, CHUNK_BYTES) for tree in self._trees]

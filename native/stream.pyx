@@ -562,6 +562,7 @@ cdef class Receiver:
         while self.held:
             self.held -= 1
             (<BlockDevice>self.devices[self.held]).release()
+        self.written = ()  # mapped files keep descriptors
         return 0
 
     def add(self, Connection connection not None, *, bint first):

@@ -311,7 +311,7 @@ def test_budget_of_zero(pair: Pair, volume: tuple[str, str]) -> None:
 def test_tracker_that_cannot(
     pair: Pair, volume: tuple[str, str], image_file: Callable[..., Path]
 ) -> None:
-    refused(pair, "--tracker", "qemu", volumes=[volume], reason="TRACKER_UNAVAILABLE")
+    refused(pair, "--tracker", "qemu", volumes=[volume], reason="QMP_NOT_ALLOWED")
     image = image_file(SIZE)
     reason = "TRACKER_UNSUITABLE"
     refused(pair, "--tracker", "ebpf", volumes=[(image, volume[1])], reason=reason)
