@@ -6,8 +6,6 @@ line once it is durable, and says at each boot what it found. Owns the moments o
 
 from __future__ import annotations
 
-import os
-import select
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from pathlib import Path
 from benchmarks.devices import require_tools
 from benchmarks.measure import ImpossibleError
 from benchmarks.mirror import Monitor
+from benchmarks.processes import wait_exit
 from benchmarks.serial import Acknowledged, listening
 from tests import host
 from tests.vm import guest as vm
@@ -56,13 +55,9 @@ class Run:
         return Monitor(self.guest.monitor)
 
     def await_end(self) -> None:
-        """Wait until QEMU has ended; at once, where `Popen.wait` looks every 50 ms."""
-        descriptor = os.pidfd_open(self.guest.process.pid)
-        try:
-            if not select.select([descriptor], [], [], SECONDS)[0]:
-                raise TimeoutError(f"the guest is not off after {SECONDS} s: {self.guest.logs()}")
-        finally:
-            os.close(descriptor)
+        """Wait until QEMU has ended."""
+        if not wait_exit(self.guest.process.pid, SECONDS):
+            raise TimeoutError(f"the guest is not off after {SECONDS} s: {self.guest.logs()}")
         if self.guest.process.wait() != 0:
             raise RuntimeError(f"QEMU failed: {self.guest.logs()}")
 
