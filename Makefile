@@ -1,6 +1,8 @@
 # The front door for people. `make help` lists what there is.
 PYTHON ?= python3
 VENV   := .venv
+# Tests mostly wait, for disks and for each other's processes.
+JOBS   ?= 3
 BIN    := $(VENV)/bin
 # -qq and no warnings: an index that lacks something, an editable install. Errors are still said.
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install -qq --no-build-isolation
@@ -18,10 +20,10 @@ demo: build ## one warm migration on this host, from a live writer to a byte com
 	@$(BIN)/python -m examples.demo.demo
 
 test: setup ## the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-vm: setup ## whole virtual machines under QEMU, moved while they write: docs/guests.md
-	$(BIN)/python -m pytest tests/vm -m ""
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/vm -m ""
 
 lint: setup ## ruff, mypy, cython-lint, clang-format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

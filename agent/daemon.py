@@ -63,7 +63,7 @@ async def serve(config: AgentConfig, *, as_json: bool = False) -> None:
     registry = Registry(
         config,
         lambda address: PeerClient(
-            open_channel(address, config.tls), address, tls=config.tls.is_on
+            lambda: open_channel(address, config.tls), address, tls=config.tls.is_on
         ),
         signer,
     )
@@ -77,6 +77,7 @@ async def serve(config: AgentConfig, *, as_json: bool = False) -> None:
     try:
         registry.data_port = open_data_port(config, server.address)
         registry.start()
+        await registry.first_tries()
         _announce(server, config, as_json=as_json)
         _log.info("identity key=%s", signer.fingerprint)
         await stop.wait()

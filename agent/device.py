@@ -47,6 +47,9 @@ class Described(Protocol):
     def obstacle(self) -> str:
         """Return why it is still in use; empty if nothing says so."""
 
+    def follow(self) -> None:
+        """Go on with whoever shows it now, who may be another than before."""
+
 
 @dataclass(frozen=True, slots=True)
 class DiskRange:
@@ -120,6 +123,12 @@ def open_error(path: str, error: OSError) -> WarmsyncError:
     return FailedPrecondition("DEVICE_UNUSABLE", message, **values)
 
 
+_HUNG_UP = frozenset(
+    {errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ESHUTDOWN}
+)
+"""What no disk says, but whoever reads through a QEMU that has ended."""
+
+
 def io_error(side: str, error: OSError) -> WarmsyncError:
     """Return the domain's error for a read or write that failed; `side` is source or target."""
     name = errno.errorcode.get(error.errno or 0, str(error.errno))
@@ -129,7 +138,10 @@ def io_error(side: str, error: OSError) -> WarmsyncError:
             f"the disk under {side} {path} is full ({error.strerror}); free space and start again"
         )
         return ResourceExhausted("DISK_FULL", message, path=path, errno=name, side=side)
-    message = f"{side} {path}: {error.strerror} ({name}); check the disk and the kernel log"
+    mend = (
+        "see that its QEMU runs" if error.errno in _HUNG_UP else "check the disk and the kernel log"
+    )
+    message = f"{side} {path}: {error.strerror} ({name}); {mend}"
     return DataLoss(f"{side.upper()}_IO_ERROR", message, path=path, errno=name, side=side)
 
 
@@ -208,7 +220,8 @@ def map_data(device: BlockDevice, size_bytes: int, block_size_bytes: int) -> Dir
         data.set_all()
         return data
     for offset, length in ranges:
-        data.set_range(offset, min(length, size_bytes - offset))
+        if offset < size_bytes:
+            data.set_range(offset, min(length, size_bytes - offset))
     return data
 
 
@@ -262,19 +275,3 @@ def _busy_partitions(system: Path) -> list[str]:
             names.append(f"{device.name} is mounted")
         names += [f"{device.name} is held by {holder.name}" for holder in device.glob("holders/*")]
     return names
-
-
-def count_writes(device: BlockDevice) -> int:
-    """Return how many writes and discards the block layer has completed; 0 for a file.
-
-    Fields 5 and 12 of the device's stat (Documentation/block/stat.rst of the kernel).
-    """
-    if not device.is_block_device:
-        return 0
-    number = os.fstat(device.fileno()).st_rdev
-    try:
-        text = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat").read_text()
-    except OSError:  # no sysfs here: then nothing yields
-        return 0
-    fields = [int(field) for field in text.split()]
-    return fields[4] + (fields[11] if len(fields) > 11 else 0)

@@ -8,14 +8,15 @@ All calls block: run them on a thread. Never talks to the target.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from agent.counters import Requests, count_writes, number_of, read_requests
 from agent.device import (
     Described,
-    count_writes,
     device_key,
     identities,
     io_error,
@@ -26,6 +27,7 @@ from agent.device import (
 from agent.errors import FailedPrecondition, InvalidArgument, WarmsyncError
 from agent.heat import Heat
 from agent.migration import Depth, Identity, Scheme, Volume
+from agent.nameplate import another_disk, nameplate
 from agent.qemu.access import Seat
 from agent.store import Store
 from agent.tracker import Take, Tracker, has_mark
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_NOTE = "qemu"
+"""The file that says which disk of a QEMU it is; see `agent.qemu.note`."""
 _PENDING, _TAKEN = "pending", "taken"
 
 
@@ -53,13 +57,32 @@ class OpenSource:
     identities: tuple[Identity, ...]
 
 
-def open_source(volume: Volume, allowed: tuple[str, ...], seat: Seat | None = None) -> OpenSource:
-    """Open a source for reading, with a `seat` as a disk of a QEMU.
+class Fenceable(Protocol):
+    """What a fence is put up at."""
 
-    The domain's errors; nothing is left open if it fails.
+    def set_read_only(self, read_only: bool) -> None:
+        """Raise or lift it. OSError."""
+
+    def close(self) -> None:
+        """Close it; the fence stays, but for the lock that keeps out a QEMU of root's."""
+
+
+def open_source(
+    volume: Volume,
+    allowed: tuple[str, ...],
+    seat: Seat | None = None,
+    *,
+    fenced: bool = False,
+    known: str = "",
+) -> OpenSource:
+    """Open a source for reading, with a `seat` as a disk of a QEMU; `fenced`: that may be gone.
+
+    The domain's errors, SOURCE_REPLACED if it has another nameplate than the one that is `known`;
+    nothing is left open if it fails.
     """
-    device = _open(volume.source, allowed, seat)
+    device = _open(volume.source, allowed, seat, fenced=fenced)
     try:
+        _check_same(volume.source, device, known)
         size_bytes = device.size_bytes()
         if size_bytes == 0:
             raise InvalidArgument(
@@ -67,26 +90,66 @@ def open_source(volume: Volume, allowed: tuple[str, ...], seat: Seat | None = No
             )
         if device.is_block_device and device.is_read_only():
             _log.warning("source is read-only already path=%s", volume.source)
-        sized = Volume(volume.source, volume.target, size_bytes, 0)
+        if volume.cut_bytes and size_bytes != volume.size_bytes + volume.cut_bytes:
+            raise _size_changed(volume, size_bytes)
+        sized = replace(volume, size_bytes=size_bytes - volume.cut_bytes, block_size_bytes=0)
         return OpenSource(sized, device, _identify(volume.source, device))
     except BaseException:
         device.close()
         raise
 
 
-def _open(source: str, allowed: tuple[str, ...], seat: Seat | None) -> BlockDevice:
+def _open(source: str, allowed: tuple[str, ...], seat: Seat | None, *, fenced: bool) -> BlockDevice:
     if seat is None:
         return open_device(source, allowed)
     try:
         from agent.qemu.device import open_qemu
     except ImportError as error:
-        raise FailedPrecondition(
-            "TRACKER_UNAVAILABLE",
-            f"this build has no qemu tracker ({error}); install libnbd-dev and build again, "
-            "or use --tracker scan",
-            tracker=Scheme.QEMU,
-        ) from error
-    return open_qemu(source, allowed, seat)
+        raise _no_qemu(error) from error
+    return open_qemu(source, allowed, seat, fenced=fenced)
+
+
+def open_fence(
+    source: str, allowed: tuple[str, ...], seat: Seat | None = None, *, known: str = ""
+) -> Fenceable | None:
+    """Open no more of a source than its fence needs; asks no QEMU. None for a disk without a file.
+
+    The domain's errors, SOURCE_REPLACED as `open_source`.
+    """
+    if seat is None:
+        device = open_device(source, allowed)
+        try:
+            _check_same(source, device, known)
+        except BaseException:
+            device.close()
+            raise
+        return device
+    try:
+        from agent.qemu.device import open_image
+    except ImportError as error:
+        raise _no_qemu(error) from error
+    return open_image(source, allowed, seat)
+
+
+def _plate(device: BlockDevice) -> str:
+    """A disk of a QEMU is known by its note."""
+    return "" if isinstance(device, Described) else nameplate(device)
+
+
+def _check_same(source: str, device: BlockDevice, known: str) -> None:
+    """Names may swap at a reboot: another disk is neither copied nor fenced."""
+    found = _plate(device)
+    if known and found != known:
+        raise another_disk(source, known, found)
+
+
+def _no_qemu(error: ImportError) -> FailedPrecondition:
+    return FailedPrecondition(
+        "TRACKER_UNAVAILABLE",
+        f"this build has no qemu tracker ({error}); install libnbd-dev and build again, "
+        "or use --tracker scan",
+        tracker=Scheme.QEMU,
+    )
 
 
 def _identify(source: str, device: BlockDevice) -> tuple[Identity, ...]:
@@ -109,11 +172,13 @@ class SourceDisk:
     ) -> None:
         size_bytes = source.volume.size_bytes
         block = fit_block(scheme, size_bytes, block_size_bytes)
-        self.volume = Volume(source.volume.source, source.volume.target, size_bytes, block)
+        self.volume = replace(source.volume, block_size_bytes=block)
         self.source = source
         self.device = source.device
         self._store = store or Store(None)
-        self.tracker: Tracker = make_tracker(scheme, source.device, block, pin_dir, self._store)
+        self.tracker: Tracker = make_tracker(
+            scheme, source.device, block, pin_dir, self._store, size_bytes=size_bytes
+        )
         self.pending = DirtyBitmap(size_bytes, block)
         self._chosen: DirtyBitmap | None = None
         # Digests tell of what was not sent, whether or not it was written again: all that is held
@@ -128,6 +193,10 @@ class SourceDisk:
         """Made with the start, if anything is to be compared at the cutover."""
         self.unread = UnreadBlocks(self.volume.source, size_bytes, block)
         self.known_key = self.key()
+        self.nameplate = _plate(self.device)
+        self._number = number_of(self.device)
+        self.flushing_since: float | None = None
+        """When the flush began that is under way (monotonic); None if none is."""
         self._fenced = False
 
     def start(self) -> None:
@@ -240,7 +309,7 @@ class SourceDisk:
         self._chosen = None
         try:
             if flush:
-                self.device.flush()
+                self._flush()
             return self._take(at_seconds)
         except OSError as error:
             raise io_error("source", error) from error
@@ -345,9 +414,16 @@ class SourceDisk:
     def flush(self) -> None:
         """Write back what the host's page cache holds for the device, past the tracker."""
         try:
-            self.device.flush()
+            self._flush()
         except OSError as error:
             raise io_error("source", error) from error
+
+    def _flush(self) -> None:
+        self.flushing_since = time.monotonic()
+        try:
+            self.device.flush()
+        finally:
+            self.flushing_since = None
 
     def look(self) -> int:
         """Return the bytes marked since the last take. NOT_QUIESCED if a QEMU runs its guest."""
@@ -362,18 +438,23 @@ class SourceDisk:
         """Return the block layer's count of writes so far; 0 where it has none (files)."""
         return count_writes(self.device)
 
+    def requests(self) -> Requests | None:
+        """Return what the kernel counts of the disk under the source; None where it does not."""
+        return read_requests(self._number)
+
+    def follow(self) -> None:
+        """Read from whoever shows the source now: its QEMU may have ended, or another begun.
+
+        A take or a look does so too.
+        """
+        if isinstance(self.device, Described):
+            self.device.follow()
+
     def check_size(self) -> None:
         """Raise FailedPrecondition if the device is not as large as it was."""
         size_bytes = self.device.size_bytes()
-        if size_bytes != self.volume.size_bytes:
-            raise FailedPrecondition(
-                "SOURCE_SIZE_CHANGED",
-                f"{self.volume.source} had {self.volume.size_bytes} bytes, now {size_bytes}; "
-                "start a new migration",
-                path=self.volume.source,
-                size_bytes=size_bytes,
-                expected_bytes=self.volume.size_bytes,
-            )
+        if size_bytes != self.volume.size_bytes + self.volume.cut_bytes:
+            raise _size_changed(self.volume, size_bytes)
 
     def check_unclaimed(self) -> None:
         """Raise FailedPrecondition if the device is mounted or held: the guest still has it."""
@@ -390,7 +471,7 @@ class SourceDisk:
             try:
                 self.device.set_read_only(True)
             except OSError as error:
-                raise _fence_failed(self.volume.source, error) from error
+                raise fence_failed(self.volume.source, error) from error
             self._fenced = True
 
     def unfence(self) -> None:
@@ -410,7 +491,11 @@ class SourceDisk:
         """Stop tracking and close the device; a fence stays up. Safe to call twice."""
         try:
             self.tracker.stop()
-            self._store.remove()
+            try:
+                # Only the note tells where the fence is, if that is still to go up or down.
+                self._store.remove(keep=_NOTE if self._fenced else "")
+            except OSError as error:  # the next start removes them
+                _log.warning('files left path=%s reason="%s"', self.volume.source, error)
         finally:
             self.device.close()
             self._forget_files()
@@ -434,7 +519,19 @@ def not_quiesced(path: str, detail: str) -> FailedPrecondition:
     )
 
 
-def _fence_failed(path: str, error: OSError) -> FailedPrecondition:
+def _size_changed(volume: Volume, size_bytes: int) -> FailedPrecondition:
+    expected = volume.size_bytes + volume.cut_bytes
+    return FailedPrecondition(
+        "SOURCE_SIZE_CHANGED",
+        f"{volume.source} had {expected} bytes, now {size_bytes}; start a new migration",
+        path=volume.source,
+        size_bytes=size_bytes,
+        expected_bytes=expected,
+    )
+
+
+def fence_failed(path: str, error: OSError) -> FailedPrecondition:
+    """Return the error of a fence that does not go up."""
     return FailedPrecondition(
         "FENCE_FAILED",
         f"the source {path} cannot be made read-only: {error.strerror}; "

@@ -217,7 +217,9 @@ def _downtime(migration: Migration) -> str:
     if progress.HasField("downtime_seconds"):
         return f"downtime {format_seconds(progress.downtime_seconds)} {budget}"
     if progress.HasField("predicted_downtime_seconds"):
-        return f"predicted downtime {format_seconds(progress.predicted_downtime_seconds)} {budget}"
+        predicted = format_seconds(progress.predicted_downtime_seconds)
+        resize = "and the resize " if migration.resize else ""
+        return f"predicted downtime {predicted} {resize}{budget}"
     return f"predicted downtime not known yet {budget}"
 
 

@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from agent.errors import WarmsyncError
-from agent.resize import programs_missing
+from agent.resize.means import programs_missing
 from agent.signer import read_signer
 
 # bpf_loop() came with 5.17 (bpf-helpers(7)); the programs cannot mark long ranges without.

@@ -20,6 +20,14 @@ class WarmsyncError(Exception):
         self.values = {name: str(value) for name, value in values.items()}
 
 
+_TRANSPORT = frozenset({"BAD_MESSAGE", "CALL_CANCELLED", "UNSUPPORTED_BY_PEER"})
+
+
+def is_from_transport(error: WarmsyncError) -> bool:
+    """Return whether the transport said so, and not the other agent, which may have done all."""
+    return error.reason in _TRANSPORT or error.reason.startswith("PEER_")
+
+
 class InvalidArgument(WarmsyncError):  # noqa: N818 - named after the condition, as its status is
     """The request is wrong whatever the state of the system."""
 
@@ -54,3 +62,10 @@ class DataLoss(WarmsyncError):  # noqa: N818
 
 class Cancelled(WarmsyncError):  # noqa: N818
     """The migration was cancelled meanwhile."""
+
+
+def agent_stopped() -> Unavailable:
+    """Return the error of a call that the end of the agent met."""
+    return Unavailable(
+        "AGENT_STOPPED", "the agent was stopped; its migrations go on when it is started again"
+    )

@@ -131,6 +131,13 @@ class HookRun:
             os.close(lock)
         return False
 
+    @property
+    def ended_at_seconds(self) -> float:
+        """When it ended (wall clock), whoever saw it; now, if nothing is kept of it."""
+        with suppress(OSError):
+            return (self._directory / "result").stat().st_mtime
+        return time.time()
+
     async def stop(self) -> None:
         """End it with all that it has started in its own process group. Safe at any time."""
         pid = self._pid() if self.is_running else 0

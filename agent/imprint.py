@@ -10,10 +10,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
+from agent.certificate.roots import NODE_BYTES, level_above, root_of
 from agent.device import io_error, open_error
 from agent.errors import FailedPrecondition
 from agent.reader import read_digests
-from agent.roots import NODE_BYTES, level_above, root_of
 from native.blockio import BlockDevice
 from native.buffer import BufferPool
 from native.chunk import CHUNK_BYTES, DIGEST_BYTES

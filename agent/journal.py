@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agent.errors import NotAllowed, ResourceExhausted
+from agent.errors import NotAllowed, ResourceExhausted, Unavailable, agent_stopped
 from agent.migration import Role
 
 _log = logging.getLogger(__name__)
@@ -32,10 +32,15 @@ _SCHEMA = (
 )
 
 
+NOT_KEPT = (ResourceExhausted, Unavailable)
+"""What `Journal.save` raises: its disk is full or fails, or the agent stops. It may not be told."""
+
+
 class Journal:
     """Records by role and id. Thread-safe; `directory` None keeps nothing."""
 
     def __init__(self, directory: Path | None) -> None:
+        self._closed = False
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
         if directory is not None:
@@ -56,11 +61,12 @@ class Journal:
         record: dict[str, Any],
         counted: Mapping[str, float] | None = None,
     ) -> None:
-        """Make a record durable in place of the one before. ResourceExhausted STATE_NOT_KEPT.
+        """Make a record durable in place of the one before. ResourceExhausted STATE_NOT_KEPT, and
+        `side` of whose agent it is.
 
         `counted` is added to the totals at one with it: what the record says is counted once.
         """
-        with self._writing() as database:
+        with self._writing(role) as database:
             database.execute(
                 "INSERT INTO migration VALUES (?, ?, ?) "
                 "ON CONFLICT (role, id) DO UPDATE SET record = excluded.record",
@@ -82,7 +88,7 @@ class Journal:
 
     def remove(self, role: Role, name: str) -> None:
         """Forget a record, if there is one."""
-        with self._writing() as database:
+        with self._writing(role) as database:
             database.execute("DELETE FROM migration WHERE role = ? AND id = ?", (role, name))
 
     def load(self) -> list[tuple[Role, str, dict[str, Any]]]:
@@ -97,14 +103,16 @@ class Journal:
         with self._lock:
             if self._database is not None:
                 self._database.close()
-                self._database = None
+                self._database, self._closed = None, True
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        if self._database is None:
+    def _writing(self, role: Role) -> Iterator[sqlite3.Connection]:
+        if self._database is None and not self._closed:
             yield _Nowhere  # type: ignore[misc]
             return
         with self._lock:
+            if self._database is None:  # what is told now must not be forgotten with the agent
+                raise agent_stopped()
             try:
                 with self._database:
                     yield self._database
@@ -113,6 +121,7 @@ class Journal:
                     "STATE_NOT_KEPT",
                     f"the journal in the state directory cannot be written ({error}); free space "
                     "there and see whether its disk is well",
+                    side=role,
                 ) from error
 
 
@@ -125,7 +134,7 @@ class _Nowhere:
 
 
 def _read(database: sqlite3.Connection) -> list[tuple[Role, str, dict[str, Any]]]:
-    """Return all records. ValueError for one that is none."""
+    """Return all records. ValueError, TypeError or RecursionError for one that is none."""
     rows = database.execute("SELECT role, id, record FROM migration ORDER BY id")
     found = [(Role(role), str(name), json.loads(record)) for role, name, record in rows]
     if not all(isinstance(values, dict) for _, _, values in found):
@@ -152,7 +161,7 @@ def _open(path: Path) -> sqlite3.Connection:
         database.execute(f"PRAGMA user_version = {VERSION}")
         # Read now: what is damaged shall be known before anything is built on it.
         _read(database)
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:  # of `_read`
         database.close()
         raise sqlite3.DatabaseError(str(error)) from error
     except BaseException:

@@ -15,7 +15,7 @@ from agent.errors import InvalidArgument
 if TYPE_CHECKING:
     from agent.errors import WarmsyncError
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 6
 """Version of what agents say to each other; both ends must have the same."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -69,7 +69,10 @@ class Volume:
     source: str
     target: str
     size_bytes: int = 0
+    """What is copied."""
     block_size_bytes: int = 0
+    cut_bytes: int = 0
+    """What is left out behind it, for a smaller target, see `agent.layout.reach`."""
 
 
 class Depth(StrEnum):
@@ -174,7 +177,7 @@ class DowntimeParts:
 class Resize:
     """What came of the resize of one volume; sizes are those of the file system.
 
-    With an `error` nothing was changed; equal sizes without one: there was no room.
+    With an `error` it was not grown; equal sizes without one: there was no room.
     """
 
     file_system: str = ""
@@ -182,6 +185,13 @@ class Resize:
     after_bytes: int = 0
     seconds: float = 0.0
     error: WarmsyncError | None = None
+    table_moved: bool = False
+    """The partition table was fitted to a smaller disk, whatever else came of it."""
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the target is not what was proved any more."""
+        return self.table_moved or self.after_bytes > self.before_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +262,15 @@ class Mismatch:
 
 
 @dataclass(frozen=True, slots=True)
+class UnreadRange:
+    """A range of a source that cannot be read, so that nobody knows whether it is equal."""
+
+    source: str
+    offset_bytes: int
+    length_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """How far a comparison of both ends has come, and what it found."""
 
@@ -259,7 +278,10 @@ class Comparison:
     total_bytes: int
     pending_bytes: int
     mismatched_bytes: int
+    unread_bytes: int
+    """Of chunks that the source cannot read: not in `compared_bytes`."""
     mismatches: tuple[Mismatch, ...]
+    unread: tuple[UnreadRange, ...]
     done: bool
 
 

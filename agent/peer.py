@@ -5,12 +5,13 @@ Owns the words of that conversation; sends nothing itself.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from agent.carrier import Carrier, CarrierRequest
 from agent.certificate import Signature
+from agent.errors import InvalidArgument
 from agent.migration import Depth, Identity, Resize, Volume
 
 
@@ -24,6 +25,21 @@ class SessionRequest:
     volumes: tuple[Volume, ...]
     source_identities: tuple[tuple[Identity, ...], ...]
     verify: Depth = Depth.NONE
+    file_systems: tuple[str, ...] = ()
+    """What is to be grown in the cutover, for each volume; see `agent.resize.foresee`."""
+    secret: str = ""
+    """What names the session from now on: a source whose answer is lost can `resume` or `abort`."""
+    epoch: int = 1
+
+    def check(self) -> None:
+        """Raise InvalidArgument unless a session may be named so."""
+        if not 16 <= len(self.secret) <= 128 or self.epoch < 1:
+            raise InvalidArgument(
+                "BAD_SESSION",
+                f"a session's secret of {len(self.secret)} characters and epoch {self.epoch} are "
+                "not valid; use 16 to 128 random characters, and an epoch from 1",
+                epoch=self.epoch,
+            )
 
 
 def session_token(secret: str, epoch: int) -> str:
@@ -59,6 +75,14 @@ class TargetProof:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskSize:
+    """How large a disk is, and its logical sectors."""
+
+    size_bytes: int
+    sector_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Unread:
     """What a target has still to read back for a proof, and how fast it does."""
 
@@ -73,8 +97,11 @@ class Peer(Protocol):
     def address(self) -> str:
         """Where it is reached."""
 
-    async def open_session(self, request: SessionRequest) -> str:
-        """Claim all target devices, or none; returns the session's secret, for epoch 1."""
+    async def measure(self, targets: Sequence[str]) -> list[DiskSize]:
+        """Return how large devices of the target's host are; claims nothing."""
+
+    async def open_session(self, request: SessionRequest) -> None:
+        """Claim all target devices, or none."""
 
     async def resume(self, secret: str, epoch: int) -> Resumed:
         """Take a session up again after a connection, or an agent, was lost."""
@@ -94,7 +121,9 @@ class Peer(Protocol):
     async def resize(self, token: str, generation: int) -> tuple[Resize, ...]:
         """Grow what is on the targets, which were proved at this generation. May be repeated.
 
-        What cannot be grown is as it was, and told. DataLoss GROW_NOT_UNDONE: one is not as it was.
+        What cannot be grown is as it was, and told; so is a table that was moved to the end of a
+        smaller one. DataLoss GROW_NOT_UNDONE: one is not as it was; FailedPrecondition
+        TABLE_NOT_MOVED: it is, and cannot be released.
         Not released afterwards, they count as lost: `resume` answers with generation 0.
         """
 

@@ -13,21 +13,26 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from agent.ahead import run_ahead
 from agent.tree import DigestTree
+from agent.unread import PLACE_ERRORS
 from native.blockio import BlockDevice
 from native.buffer import BufferPool
+from native.chunk import CHUNK_BYTES
 
 _log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
+_Step: TypeAlias = Callable[[DigestTree, BlockDevice, int, int], int]
 
 _DEPTH = 4
 _GUESSED_RATE = 1e9
 """Bytes a second, before the first is measured."""
 _LEAST_MEASURED_BYTES = 8 << 20
+_MOST_BAD = 16
+"""Chunks of a step that are read around in the background: a dying disk takes seconds for each."""
 
 
 class Prover:
@@ -95,20 +100,19 @@ class Prover:
         try:
             while self._again:
                 self._again = False
-                await self._read(1)
+                await self._read(1, self._step_around)
                 # So that little is left of it for the cutover; waited for, as a pass is.
                 await self.ask(DigestTree.root)
         except (ValueError, BufferError):
             return  # the devices were closed: the end, or another beginning
         except OSError as error:
-            # It stays stale: at the cutover it is read again, and then the error counts.
             _log.warning('not read back reason="%s"', error)
 
-    async def _read(self, depth: int) -> int:
+    async def _read(self, depth: int, step: _Step | None = None) -> int:
         loop, total, started = asyncio.get_running_loop(), 0, time.monotonic()
         for tree, device in zip(self.trees, self.devices, strict=True):
             await loop.run_in_executor(self._threads, tree.skip_holes, device)
-        steps = run_ahead(self._steps(), self._threads, depth)
+        steps = run_ahead(self._steps(step or self._step), self._threads, depth)
         try:
             async for done in steps:
                 total += done
@@ -119,11 +123,32 @@ class Prover:
             self.rate_bytes_per_second = total / max(time.monotonic() - started, 1e-6)
         return total
 
-    def _steps(self) -> Iterator[partial[int]]:
+    def _steps(self, step: _Step) -> Iterator[partial[int]]:
         for tree, device in zip(self.trees, self.devices, strict=True):
             for offset, length in tree.steps():
-                yield partial(self._step, tree, device, offset, length)
+                yield partial(step, tree, device, offset, length)
 
     def _step(self, tree: DigestTree, device: BlockDevice, offset: int, length: int) -> int:
         with self._pool.lease() as scratch:
             return tree.read(device, offset, length, scratch)
+
+    def _step_around(self, tree: DigestTree, device: BlockDevice, offset: int, length: int) -> int:
+        """The same, but what cannot be read stays stale. OSError if that is much.
+
+        At the cutover it is read again, and then the error counts.
+        """
+        try:
+            return self._step(tree, device, offset, length)
+        except OSError as error:
+            if error.errno not in PLACE_ERRORS:
+                raise
+        done = bad = 0
+        for at in range(offset, offset + length, CHUNK_BYTES):
+            try:
+                done += self._step(tree, device, at, min(CHUNK_BYTES, offset + length - at))
+            except OSError as error:
+                bad += 1
+                if error.errno not in PLACE_ERRORS or bad > _MOST_BAD:
+                    raise
+                _log.warning('not read back reason="%s"', error)
+        return done

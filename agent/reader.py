@@ -46,6 +46,8 @@ class ReadVolume:
     device: BlockDevice
     digests: Buffer | None
     stale: DirtyBitmap | None = None
+    size_bytes: int | None = None
+    """What of the device is copied; None: all of it."""
 
 
 class Reader:
@@ -119,6 +121,7 @@ class Reader:
                 sequence=sequence,
                 digests=volume.digests,
                 stale=volume.stale,
+                size_bytes=volume.size_bytes,
                 unread=unread,
             )
         return batch, frame, unread

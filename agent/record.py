@@ -24,7 +24,7 @@ from agent.migration import (
     Step,
     Volume,
 )
-from agent.state import Entry, State
+from agent.state import Entry, Machine, State
 
 _Record = TypeVar("_Record")
 _ERRORS = ("error", "stopped", "boot_error")
@@ -36,7 +36,9 @@ class SourceRecord:
 
     `devices` is what each source was (major, minor, disk sequence); `epoch` counts the connections
     to the target; `releasing`: the fence may be up and the target asked to take over; `opening`:
-    how fast round 0 was; `step`, `attempt` and `stopped` are the autopilot's.
+    how fast round 0 was; `step`, `attempt`, `stopped` and `off_at_seconds` are the autopilot's;
+    `owed`: it has failed or was cancelled, and its fence or its target may not be let go yet;
+    `nameplates`: what the sources are on every boot (none in records of older agents).
     """
 
     plan: Plan
@@ -56,12 +58,20 @@ class SourceRecord:
     step: Step = Step.NONE
     attempt: int = 0
     stopped: WarmsyncError | None = None
+    off_at_seconds: float | None = None
+    owed: bool = False
+    nameplates: tuple[str, ...] = ()
+
+    def nameplate(self, index: int) -> str:
+        """Return what a source is on every boot; empty if nobody knows."""
+        return self.nameplates[index] if index < len(self.nameplates) else ""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetRecord:
     """A session at its target. `generation` is the last that is durable; `boot_id` and `devices`
-    are of when it was written down, as a source's are; `certificate` is there once it is released;
+    are of when it was written down, as a source's are, `nameplates` what they are on every boot
+    (none in records of older agents); `certificate` is there once it is released;
     `resizing`: a resize was begun, so what is there is not what was acknowledged. `boot_attempt` is
     the last that was begun; it has ended once there are seconds or an error.
     """
@@ -80,6 +90,7 @@ class TargetRecord:
     boot_attempt: int = 0
     boot_seconds: float | None = None
     boot_error: WarmsyncError | None = None
+    nameplates: tuple[str, ...] = ()
 
 
 def dump(record: SourceRecord | TargetRecord) -> dict[str, Any]:
@@ -100,12 +111,21 @@ def dump(record: SourceRecord | TargetRecord) -> dict[str, Any]:
 
 def load_source(values: dict[str, Any]) -> SourceRecord:
     """Return a source's record. ValueError."""
-    return _load(SourceRecord, values, scheme=Scheme, devices=_pairs, opening=_opening, step=Step)
+    return _load(
+        SourceRecord,
+        values,
+        scheme=Scheme,
+        devices=_pairs,
+        opening=_opening,
+        step=Step,
+        off_at_seconds=_time,
+        nameplates=_texts,
+    )
 
 
 def load_target(values: dict[str, Any]) -> TargetRecord:
     """Return a target's record. ValueError."""
-    return _load(TargetRecord, values, devices=_pairs)
+    return _load(TargetRecord, values, devices=_pairs, nameplates=_texts)
 
 
 def _load(kind: type[_Record], values: dict[str, Any], **readers: Any) -> _Record:
@@ -113,6 +133,8 @@ def _load(kind: type[_Record], values: dict[str, Any], **readers: Any) -> _Recor
         "plan": _plan,
         "history": _history,
         "progress": _progress,
+        "epoch": _count,
+        "generation": _count,
         **dict.fromkeys(_ERRORS, _error),
         **readers,
     }
@@ -124,8 +146,15 @@ def _load(kind: type[_Record], values: dict[str, Any], **readers: Any) -> _Recor
             if name in names
         }
         return kind(**found)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"a record of another form: {error}") from error
+
+
+def _count(value: object) -> int:
+    """JSON knows numbers that count nothing: NaN is what a fuzzer found."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} counts nothing")
+    return value
 
 
 def _plan(values: dict[str, Any]) -> Plan:
@@ -143,7 +172,8 @@ def _plan(values: dict[str, Any]) -> Plan:
 
 
 def _history(values: list[dict[str, Any]]) -> tuple[Entry, ...]:
-    return tuple(Entry(State(one["state"]), float(one["at_seconds"])) for one in values)
+    entries = [Entry(State(one["state"]), float(one["at_seconds"])) for one in values]
+    return Machine.restore(entries).history
 
 
 def _progress(values: dict[str, Any]) -> Progress:
@@ -160,12 +190,22 @@ def _resize(values: dict[str, Any]) -> Resize:
     return Resize(**{**values, "error": _error(values["error"])})
 
 
+def _time(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
 def _opening(values: dict[str, Any] | None) -> Sample | None:
     return None if values is None else Sample(**values)
 
 
 def _pairs(values: list[list[int]]) -> tuple[tuple[int, int, int], ...]:
     return tuple((int(a), int(b), int(c)) for a, b, c in values)
+
+
+def _texts(values: list[str]) -> tuple[str, ...]:
+    if isinstance(values, str) or not all(isinstance(one, str) for one in values):
+        raise ValueError(f"{values!r} is no list of texts")
+    return tuple(values)
 
 
 def _dump_error(error: WarmsyncError | None) -> dict[str, Any] | None:

@@ -85,7 +85,10 @@ class Sender:
         self.progress = Progress(total_bytes=total, round_bytes=total, dirty_bytes=total)
         self._workshop = workshop
         self._reader = Reader(
-            [ReadVolume(disk.device, disk.digests, disk.stale) for disk in disks],
+            [
+                ReadVolume(disk.device, disk.digests, disk.stale, disk.volume.size_bytes)
+                for disk in disks
+            ],
             workshop.threads,
             workshop.pool,
             workshop.read_ahead_frames,
@@ -110,6 +113,12 @@ class Sender:
     def agree(self, generation: int) -> None:
         """The target's last durable generation is this one."""
         self.generation = generation
+
+    async def counts_on_target(self) -> bool:
+        """Return whether anything is taken to be on the target already: it is not pending."""
+        return any(
+            await self.on_disks(lambda disk: disk.pending.count_bytes() < disk.volume.size_bytes)
+        )
 
     def carrier_request(self, plan: Plan) -> CarrierRequest:
         """Return what carrier these disks ask for."""

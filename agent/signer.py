@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from agent.certificate import Signature, fingerprint, signed_bytes
+from agent.certificate.statement import Statement
 from agent.errors import DataLoss, NotAllowed, ResourceExhausted, WarmsyncError
 from agent.migration import Role
-from agent.statement import Statement
 
 NAME = "identity.pem"
 _MAX_BYTES = 4096

@@ -32,7 +32,7 @@ class State(enum.StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """True where nothing can happen any more."""
+        """True where it has ended; what a person may still settle is who owns."""
         return self in TERMINAL
 
     @property
@@ -64,12 +64,17 @@ class Event(enum.StrEnum):
     FAIL = "fail"
     ROLL_BACK = "roll back"
     FINISH = "finish"
+    SETTLE_SOURCE = "settle for the source"
+    """A person says that the source owns, where the agents cannot learn it from each other."""
+    SETTLE_TARGET = "settle for the target"
 
 
 TERMINAL = frozenset({State.FAILED, State.CANCELLED, State.ROLLED_BACK, State.COMPLETED})
 
 _CARRYING = (State.SEEDING, State.SYNCING, State.CONVERGED)
 _OPEN = (State.PENDING, *_CARRYING, State.PAUSED, State.CUTTING_OVER)
+_DOUBTED = (State.CUTTING_OVER, State.CUT_OVER, State.FAILED)
+"""States in which it may be that only a person can find out who owns."""
 
 MOVES: Mapping[Event, Mapping[State, State]] = MappingProxyType(
     {
@@ -90,6 +95,8 @@ MOVES: Mapping[Event, Mapping[State, State]] = MappingProxyType(
         Event.FAIL: dict.fromkeys(_OPEN, State.FAILED),
         Event.ROLL_BACK: {State.CUT_OVER: State.ROLLED_BACK},
         Event.FINISH: {State.CUT_OVER: State.COMPLETED},
+        Event.SETTLE_SOURCE: dict.fromkeys(_DOUBTED, State.ROLLED_BACK),
+        Event.SETTLE_TARGET: dict.fromkeys(_DOUBTED, State.COMPLETED),
     }
 )
 """The whole of the law: for each event, from which state to which."""
@@ -226,6 +233,8 @@ class Machine:
 
     def _illegal(self, event: Event) -> FailedPrecondition:
         asked = [str(possible) for possible in self.possible() if possible in ASKED]
+        if Event.SETTLE_SOURCE in self.possible() and not self.state.is_terminal:
+            asked.append("settle")
         now = f"possible now: {', '.join(asked)}" if asked else "nothing is possible any more"
         return FailedPrecondition(
             "ILLEGAL_TRANSITION",

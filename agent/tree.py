@@ -13,8 +13,8 @@ import mmap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from agent.certificate.roots import FANOUT, NODE_BYTES, level_above, node_count, node_of, root_of
 from agent.device import map_data
-from agent.roots import FANOUT, NODE_BYTES, level_above, node_count, node_of, root_of
 from agent.store import Store
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice

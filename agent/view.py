@@ -20,7 +20,8 @@ from agent.units import format_bytes, format_rate, format_seconds
 _OWNERS = {
     "source": "source",
     "target": "target",
-    "nobody yet": "nobody yet: the source is fenced, the target has not said that it took over",
+    "nobody yet": "nobody yet: the source is fenced, the target has not said that it took over; "
+    "if it never will, find out and `warmsync settle`",
 }
 PARTS = (
     "finish_round_seconds",
@@ -186,6 +187,8 @@ def _facts(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Peer", shown["peer"]
     for index, volume in enumerate(shown["volumes"]):
         size = f"{format_bytes(volume['size_bytes'])}, blocks of {volume['block_size_bytes']} B"
+        if volume["cut_bytes"]:
+            size += f", without the last {format_bytes(volume['cut_bytes'])}"
         yield "" if index else "Volumes", f"{volume['source']} -> {volume['target']} ({size})"
     reason = f" ({shown['tracker_reason']})" if shown["tracker_reason"] else ""
     yield "Tracker", shown["tracker"] + reason
@@ -246,7 +249,10 @@ def _downtime(shown: dict[str, Any]) -> str:
     if shown["downtime_seconds"] is not None:
         return format_seconds(shown["downtime_seconds"])
     predicted = shown["predicted_downtime_seconds"]
-    return "-" if predicted is None else f"~{format_seconds(predicted)}"
+    if predicted is None:
+        return "-"
+    # Not predicted: its checks take as long as the guest has files, which nobody has counted.
+    return f"~{format_seconds(predicted)}" + (" and the resize" if shown["resize"] else "")
 
 
 def _volume(volume: migration_pb2.Volume) -> dict[str, Any]:
@@ -255,6 +261,7 @@ def _volume(volume: migration_pb2.Volume) -> dict[str, Any]:
         "target": volume.target,
         "size_bytes": volume.size_bytes,
         "block_size_bytes": volume.block_size_bytes,
+        "cut_bytes": volume.cut_bytes,
     }
 
 
@@ -264,11 +271,16 @@ def _resize(resize: migration_pb2.Resize) -> dict[str, Any]:
         "before_bytes": resize.before_bytes,
         "after_bytes": resize.after_bytes,
         "seconds": resize.seconds,
+        "table_moved": resize.table_moved,
         "error": _status(resize, "error"),
     }
 
 
 def _resize_line(shown: dict[str, Any]) -> str:
+    return _growth(shown) + ("; its partition table was moved" if shown["table_moved"] else "")
+
+
+def _growth(shown: dict[str, Any]) -> str:
     if error := shown["error"]:
         return f"no, {error['reason']}: {error['message']}"
     if shown["after_bytes"] == shown["before_bytes"]:

@@ -6,7 +6,7 @@ import random
 import time
 from pathlib import Path
 
-from agent.roots import NODE_BYTES, node_count, node_of, root_of
+from agent.certificate.roots import NODE_BYTES, node_count, node_of, root_of
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer

@@ -55,6 +55,7 @@ def gather(
     sequence: int,
     digests: Buffer | None = None,
     stale: DirtyBitmap | None = None,
+    size_bytes: int | None = None,
     min_zero_bytes: int = 65536,
     unread: list[Unread] | None = None,
 ) -> bytes:
@@ -62,12 +63,12 @@ def gather(
 
     Zero runs of at least `min_zero_bytes` (and extents that are zero altogether) become ZERO
     extents. `scratch` must hold all of the extents. With `digests`, a writable table of
-    chunk.DIGEST_BYTES for each chunk.CHUNK_BYTES of the device, the digest of each chunk is stored
+    chunk.DIGEST_BYTES for each chunk.CHUNK_BYTES of the volume, the digest of each chunk is stored
     as it was read, zero chunks as ZERO_DIGEST; extents must then start and end on chunk borders
-    (or at the end of the device), else ValueError. With `stale` as well (blocks of chunks), extents
-    may be anything: whole chunks are entered and their marks cleared, others left alone. The table
-    then says what was read, not what arrived: a frame that is not delivered must be sent again,
-    whatever a scan says.
+    (or at the end of the volume, `size_bytes` or all of the device), else ValueError. With `stale`
+    as well (blocks of chunks), extents may be anything: whole chunks are entered and their marks
+    cleared, others left alone. The table then says what was read, not what arrived: a frame that is
+    not delivered must be sent again, whatever a scan says.
     ValueError for extents that do not ascend, overlap, are empty or together longer than
     MAX_PAYLOAD_BYTES. OSError from the device; with `unread`, what cannot be read is left out of
     the frame and appended to the list instead, in whole 4096 bytes (or whole chunks, with

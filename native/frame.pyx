@@ -161,6 +161,7 @@ def gather(
     uint64_t sequence,
     digests=None,
     DirtyBitmap stale=None,
+    size_bytes=None,
     uint64_t min_zero_bytes=65536,
     list unread=None,
 ):
@@ -177,7 +178,8 @@ def gather(
     if digests is None:
         _read(device, plan, scratch, 4096, volume, unread)
     else:
-        _read_and_digest(device, plan, scratch, digests, stale, volume, unread)
+        size = device.size_bytes() if size_bytes is None else size_bytes
+        _read_and_digest(device, plan, scratch, digests, stale, size, volume, unread)
     with nogil:
         ws_frame_plan_data(&plan.plan, plan.pairs, plan.count, scratch.data, min_zero_bytes)
     return plan.build(&header, scratch.data)
@@ -231,10 +233,11 @@ cdef int _salvage(
 
 cdef int _read_and_digest(
     BlockDevice device, Plan plan, AlignedBuffer scratch, object digests, DirtyBitmap stale,
-    uint32_t volume, list unread,
+    uint64_t size, uint32_t volume, list unread,
 ) except -1:
     cdef Py_buffer table
-    cdef uint64_t size = device.size_bytes() if stale is None else stale.map.size_bytes
+    if stale is not None:
+        size = stale.map.size_bytes
     PyObject_GetBuffer(digests, &table, PyBUF_WRITABLE)
     try:
         _check_chunks(plan, size, <uint64_t>table.len, stale is not None)

@@ -38,6 +38,11 @@ class Tokens:
     def __init__(self) -> None: ...
     def issue(self, good_for_seconds: float) -> bytes:
         """Return a new token of TOKEN_BYTES, good for one greeting within the time."""
+    def revoke(self, token_id: bytes) -> None:
+        """Forget a token, spent or not, by its first TOKEN_ID_BYTES; its user is a stranger then.
+
+        None of that name is no error. ValueError if it is not as long.
+        """
     def __len__(self) -> int:
         """Tokens handed out whose time is not over, spent or not."""
 
@@ -82,10 +87,10 @@ class Sender:
     """The source's end of the connections of one session. One call at a time, but for the controls.
 
     `devices`, `digests` (or None) and `stale` (see native.frame.gather) are those of the volumes,
-    by index; takes the connections over. Memory: about 1.3 MiB a connection, as much again with
-    `compress`. `ring`: read scattered blocks many at once (io_uring) where the kernel can. A target
-    that takes nothing for `patience_seconds`, or does not acknowledge for `ack_seconds`, is lost
-    (0: never).
+    by index; a volume is as large as its marks, and its device may be larger. Takes the connections
+    over. Memory: about 1.3 MiB a connection, as much again with `compress`. `ring`: read scattered
+    blocks many at once (io_uring) where the kernel can. A target that takes nothing for
+    `patience_seconds`, or does not acknowledge for `ack_seconds`, is lost (0: never).
     """
 
     def __init__(

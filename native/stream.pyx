@@ -89,6 +89,7 @@ cdef extern from "stream_impl.h" nogil:
     ws_tokens *ws_tokens_new()
     void ws_tokens_free(ws_tokens *tokens)
     int ws_tokens_add(ws_tokens *tokens, const uint8_t *token, uint64_t deadline_ns)
+    void ws_tokens_revoke(ws_tokens *tokens, const uint8_t *id)
     size_t ws_tokens_count(ws_tokens *tokens)
     ws_conn *ws_conn_new(int fd)
     void ws_conn_free(ws_conn *conn)
@@ -214,6 +215,12 @@ cdef class Tokens:
             raise MemoryError
         return token
 
+    def revoke(self, bytes token_id not None):
+        """Forget a token, spent or not; none of that name is no error."""
+        if len(token_id) != WS_TOKEN_ID_BYTES:
+            raise ValueError(f"a name of {len(token_id)} bytes, not {WS_TOKEN_ID_BYTES}")
+        ws_tokens_revoke(self.tokens, <const uint8_t *>PyBytes_AS_STRING(token_id))
+
     def __len__(self):
         return ws_tokens_count(self.tokens)
 
@@ -318,8 +325,6 @@ cdef class Sender:
         self.stale = (None,) * len(devices) if stale is None else tuple(stale)
         if len(self.stale) != len(devices):
             raise ValueError(f"{len(devices)} devices with {len(self.stale)} bitmaps")
-        for device, table, marks in zip(self.devices, self.digests, self.stale):
-            check_table(device, table, marks)
         for connection in connections:
             conns[count] = (<Connection?>connection).conn
             if conns[count] == NULL:
@@ -372,17 +377,18 @@ cdef class Sender:
                 volumes[held].device = (<BlockDevice>device).acquire()
                 volumes[held].digests = NULL
                 volumes[held].digests_bytes = 0
-                volumes[held].size_bytes = device.size_bytes()
+                volumes[held].size_bytes = 0
                 volumes[held].stale = NULL
                 if self.stale[held] is not None:
                     volumes[held].stale = &(<DirtyBitmap>self.stale[held]).map
-                    volumes[held].size_bytes = self.stale[held].size_bytes
                 held += 1
                 table = self.digests[held - 1]
                 if table is not None:
                     views.append(View(table))
                     volumes[held - 1].digests = (<View>views[-1]).data
                     volumes[held - 1].digests_bytes = (<View>views[-1]).size
+            for volume, marks in jobs:
+                volumes[<size_t>volume].size_bytes = marks.size_bytes
             with nogil:
                 ws_sender_send(
                     self.sender, volumes, raw, count, generation, &left_out, &outcome
@@ -485,12 +491,7 @@ cdef class View:
         PyBuffer_Release(&self.view)
 
 
-cdef object check_table(device, table, stale):
-    if table is None:
-        return
-    cdef uint64_t size = device.size_bytes()
-    if stale is not None:
-        size = (<DirtyBitmap?>stale).size_bytes
+cdef object check_table(table, uint64_t size):
     cdef uint64_t chunks = (size + WS_CHUNK_BYTES - 1) // WS_CHUNK_BYTES
     cdef View view = View(table)
     if view.size < chunks * WS_DIGEST_BYTES:
@@ -505,8 +506,10 @@ cdef object check_job(tuple devices, tuple digests, tuple stale, volume, marks):
         raise ValueError(
             f"marks of {bitmap.size_bytes} bytes for {devices[volume].path}, which is smaller"
         )
+    if digests[volume] is not None:
+        check_table(digests[volume], bitmap.size_bytes)
     if stale[volume] is not None:
-        if stale[volume].size_bytes != bitmap.size_bytes:
+        if (<DirtyBitmap?>stale[volume]).size_bytes != bitmap.size_bytes:
             raise ValueError(f"marks of {bitmap.size_bytes}, stale of {stale[volume].size_bytes}")
     elif digests[volume] is not None and bitmap.block_size_bytes % WS_CHUNK_BYTES:
         raise ValueError(f"blocks of {bitmap.block_size_bytes} bytes are not whole chunks")

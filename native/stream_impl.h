@@ -46,6 +46,8 @@ void ws_tokens_free(struct ws_tokens *tokens);
  * Forgets what has expired. 0 or -ENOMEM. */
 int ws_tokens_add(struct ws_tokens *tokens, const uint8_t token[WS_TOKEN_BYTES],
                   uint64_t deadline_ns);
+/* Forget a token, spent or not: who shows it is a stranger. */
+void ws_tokens_revoke(struct ws_tokens *tokens, const uint8_t id[WS_TOKEN_ID_BYTES]);
 /* Spend a token: its secret is copied out the first time that it is asked for, and never again. */
 enum ws_token_verdict ws_tokens_spend(struct ws_tokens *tokens, const uint8_t id[WS_TOKEN_ID_BYTES],
                                       uint8_t secret[WS_TOKEN_SECRET_BYTES]);

@@ -80,6 +80,17 @@ int ws_tokens_add(struct ws_tokens *tokens, const uint8_t token[WS_TOKEN_BYTES],
     return rc;
 }
 
+void ws_tokens_revoke(struct ws_tokens *tokens, const uint8_t id[WS_TOKEN_ID_BYTES]) {
+    pthread_mutex_lock(&tokens->lock);
+    for (size_t i = 0; i < tokens->count; i++)
+        if (memcmp(tokens->entries[i].id, id, WS_TOKEN_ID_BYTES) == 0) {
+            tokens->entries[i] = tokens->entries[--tokens->count];
+            explicit_bzero(&tokens->entries[tokens->count], sizeof(struct entry));
+            break;
+        }
+    pthread_mutex_unlock(&tokens->lock);
+}
+
 static enum ws_token_verdict spend(struct entry *entry, uint8_t *secret) {
     if (entry->spent)
         return WS_TOKEN_USED;

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import pytest
+from hypothesis import settings
 
 from tests import devices, host
 from tests.devices import FaultyDevice, LoopDevice, ScratchedDevice
 
+# No deadline: a test must not fail because the machine is busy. Hangs end with pytest's timeout.
+settings.register_profile("full", deadline=None)
+settings.register_profile("quick", deadline=None, max_examples=15)
+settings.load_profile(os.environ.get("WARMSYNC_HYPOTHESIS", "full"))
+
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def pytest_configure() -> None:
+    # A shell that starts us in the background has us, and all that we start, ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:

@@ -46,19 +46,22 @@ def read_all(path: str | Path) -> bytes:
         return b"".join(disk.steps())
 
 
-def first_difference(left: str | Path, right: str | Path) -> int | None:
+def first_difference(
+    left: str | Path, right: str | Path, start_bytes: int = 0, end_bytes: int | None = None
+) -> int | None:
     """Return the first byte offset where two devices or files differ, None if they are equal.
 
-    A shorter one differs where it ends.
+    Only `[start_bytes, end_bytes)` of them counts. A shorter one differs where it ends.
     """
     with Disk(left) as one, Disk(right) as other:
-        offset = 0
-        for a, b in zip(one.steps(), other.steps(), strict=False):
-            if a != b:
+        ends = [min(disk.size_bytes, end_bytes or disk.size_bytes) for disk in (one, other)]
+        offset = start_bytes
+        for a, b in zip(one.steps(start_bytes), other.steps(start_bytes), strict=False):
+            left_bytes = max(0, min(ends) - offset)
+            if a[:left_bytes] != b[:left_bytes]:
                 return offset + _mismatch(a, b)
-            offset += len(a)
-        shorter = min(one.size_bytes, other.size_bytes)
-        return None if one.size_bytes == other.size_bytes else shorter
+            offset += STEP_BYTES
+        return None if ends[0] == ends[1] else min(ends)
 
 
 def files_equal(left: str | Path, right: str | Path) -> bool:
@@ -100,9 +103,9 @@ class Disk:
             count = os.pwritev(self.fd, [view], offset_bytes)
             assert count == len(data), f"short write of {count} at {offset_bytes}"
 
-    def steps(self) -> Iterator[bytes]:
-        """Yield everything in pieces of STEP_BYTES."""
-        for offset in range(0, self.size_bytes, STEP_BYTES):
+    def steps(self, start_bytes: int = 0) -> Iterator[bytes]:
+        """Yield everything from an offset on in pieces of STEP_BYTES."""
+        for offset in range(start_bytes, self.size_bytes, STEP_BYTES):
             yield self.read(offset, min(STEP_BYTES, self.size_bytes - offset))
 
 

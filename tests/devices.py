@@ -77,6 +77,16 @@ class ScratchedDevice:
         new.write_text(text)
         new.rename(self.directory / "bad")
 
+    @contextmanager
+    def held(self) -> Iterator[Path]:
+        """Let reads wait within the block; the file that is yielded is there once one does."""
+        hold, waiting = self.directory / "hold", self.directory / "waiting"
+        hold.touch()
+        try:
+            yield waiting
+        finally:
+            hold.unlink()
+
     def count_failures(self) -> int:
         """Return how many reads have failed so far."""
         return (self.directory / "failed").stat().st_size
@@ -145,13 +155,13 @@ def attached(backing: Path, sector_size: int = 512, *options: str) -> Iterator[s
         path = run(*command, "--direct-io=on", backing)
     except RuntimeError:
         path = run(*command, backing)
-    try:
+    # The read-only flag belongs to the device number: a run that was killed may have left it, and
+    # the next user would inherit ours.
+    with ExitStack() as undo:
+        undo.callback(run, "losetup", "--detach", path)
+        undo.callback(run, "blockdev", "--setrw", path)
+        run("blockdev", "--setrw", path)
         yield path
-    finally:
-        # The read-only flag belongs to the device number: the next user would inherit it.
-        with ExitStack() as undo:
-            undo.callback(run, "losetup", "--detach", path)
-            undo.callback(run, "blockdev", "--setrw", path)
 
 
 @contextmanager
@@ -193,6 +203,7 @@ def scratched_device(size_bytes: int, sector_size: int = 512) -> Iterator[Scratc
             (directory / name).touch()
         # $3 and $4 are the count and the offset of a request (nbdkit-sh-plugin(3)).
         read = (
+            f"while [ -e {directory}/hold ]; do : > {directory}/waiting; sleep 0.05; done; "
             f"while read -r start end; do if [ $4 -lt $end ] && [ $(($4 + $3)) -gt $start ]; then "
             f"printf x >> {directory}/failed; "
             f"if [ -s {directory}/once ]; then : > {directory}/bad; fi; "

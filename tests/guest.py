@@ -54,6 +54,8 @@ def power_off(guest: subprocess.Popen[str]) -> None:
 
 
 def destroy(guest: subprocess.Popen[str]) -> None:
-    """End a guest whatever it does; safe to call for one that has ended."""
+    """End a guest whatever it does; safe to call for one that has ended, and twice."""
     guest.kill()
-    guest.communicate()
+    guest.wait()
+    if guest.stdout is not None:
+        guest.stdout.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,17 @@ class Qemu:
     image: Path
     driver: str
     process: subprocess.Popen[bytes] | None = None
+    server: dict[str, object] | None = None
+    """Of a network disk; `image` is what the server has then."""
+    own_node: bool = False
+    """Whether it has the block device by a node of its own, as libvirt's QEMUs have."""
+    options: dict[str, object] = field(default_factory=dict)
+    """More options of the disk."""
+
+    @property
+    def source(self) -> str:
+        """How an agent names the disk."""
+        return f"{self.socket}/disk" if self.server else str(self.image)
 
     @property
     def socket(self) -> str:
@@ -69,9 +82,10 @@ class Qemu:
 
     def start(self, command: list[str]) -> None:
         Path(self.socket).unlink(missing_ok=True)
+        wrapped = self._with_own_node(command) if self.own_node else command
         with (self.directory / "qemu.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        await_path(self.socket, self.process)
+            self.process = subprocess.Popen(wrapped, stdout=log, stderr=log)
+        await_listener(self.socket, self.process)
 
     def start_daemon(self) -> None:
         """A storage daemon that shows the disk to a guest, which writes over NBD."""
@@ -120,9 +134,27 @@ class Qemu:
         self.ask("quit")
         self.process.wait(PATIENCE_SECONDS)
 
+    def _with_own_node(self, command: list[str]) -> list[str]:
+        number, own = self.image.stat().st_rdev, self.directory / "dev"
+        own.mkdir(exist_ok=True)
+        steps = [
+            f"mount -t tmpfs tmpfs {own}",
+            f"mknod {own}/node b {os.major(number)} {os.minor(number)}",
+            f"mount --bind {own}/node {self.image}",
+            'exec "$@"',
+        ]
+        private = ["unshare", "--mount", "--propagation", "private"]
+        return [*private, "sh", "-ec", "; ".join(steps), "sh", *command]
+
     def _blockdev(self) -> dict[str, object]:
-        file = {"driver": "file", "filename": str(self.image), "discard": "unmap"}
-        return {"driver": self.driver, "node-name": "disk", "discard": "unmap", "file": file}
+        file: dict[str, object] = {"driver": "file", "filename": str(self.image)}
+        if self.image.is_block_device():
+            file["driver"] = "host_device"
+        if self.server:
+            file = {"driver": "nbd", "server": self.server}
+        file["discard"] = "unmap"
+        disk = {"driver": self.driver, "node-name": "disk", "discard": "unmap", "file": file}
+        return disk | self.options
 
 
 @contextmanager
@@ -136,6 +168,51 @@ def disk(directory: Path, size_bytes: int, driver: str = "qcow2") -> Iterator[Qe
         yield qemu
     finally:
         qemu.kill()
+
+
+@contextmanager
+def disk_on(directory: Path, device: str, size_bytes: int, driver: str) -> Iterator[Qemu]:
+    """Make an image on a block device, with room for what its format needs."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if driver != "raw":
+        create(Path(device), size_bytes, driver)
+    qemu = Qemu(directory, Path(device), driver)
+    try:
+        yield qemu
+    finally:
+        qemu.kill()
+
+
+@contextmanager
+def network_disk(directory: Path, size_bytes: int, driver: str, server: str) -> Iterator[Qemu]:
+    """Make an image that a QEMU has over NBD only: nbdkit (a Unix socket) or qemu-nbd (TCP)."""
+    with disk(directory, size_bytes, driver) as qemu:
+        if driver != "raw":  # which cannot grow there
+            os.truncate(qemu.image, 2 * size_bytes)
+        path, port = str(directory / "storage.nbd"), _free_port()
+        commands = {
+            "nbdkit": ["nbdkit", "--foreground", "--unix", path, "file", str(qemu.image)],
+            "qemu-nbd": [
+                *("qemu-nbd", "--bind=127.0.0.1", f"--port={port}", "--persistent", "--shared=0"),
+                *("--format=raw", "--discard=unmap", f"--pid-file={path}", str(qemu.image)),
+            ],
+        }
+        qemu.server = {"type": "unix", "path": path}
+        if server == "qemu-nbd":
+            qemu.server = {"type": "inet", "host": "127.0.0.1", "port": str(port)}
+        with subprocess.Popen(commands[server], stdout=subprocess.DEVNULL) as process:
+            try:
+                await_path(path, process)
+                yield qemu
+            finally:
+                qemu.kill()
+                process.terminate()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def create(image: Path, size_bytes: int, driver: str) -> None:
@@ -168,8 +245,9 @@ def guest_file(qemu: Qemu) -> Iterator[Path]:
 
 
 def convert(qemu: Qemu, target: Path) -> None:
-    """Write the guest-visible content of an image that nobody has open to a raw file."""
-    command = ["qemu-img", "convert", "-f", qemu.driver, "-O", "raw", str(qemu.image), str(target)]
+    """Write the guest-visible content of an image that nobody writes to, to a raw file."""
+    command = ["qemu-img", "convert", "-U", "-f", qemu.driver, "-O", "raw"]
+    command += [str(qemu.image), str(target)]
     subprocess.run(command, check=True)
 
 
@@ -180,6 +258,27 @@ def assert_same(qemu: Qemu, target: str | Path) -> None:
         [*command, str(qemu.image), str(target)], check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def await_status(qemu: Qemu, wanted: str) -> None:
+    """Wait for a run state (QMP `query-status`)."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (status := qemu.ask("query-status")["status"]) != wanted:
+        assert time.monotonic() < deadline, status
+        time.sleep(0.02)
+
+
+def await_listener(path: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until somebody listens at a socket: it is there a moment before that."""
+    await_path(path, process)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        with socket.socket(socket.AF_UNIX) as client:
+            if client.connect_ex(path) == 0:
+                return
+        assert process.poll() is None, "it has ended"
+        assert time.monotonic() < deadline, f"nobody listens at {path}"
+        time.sleep(0.01)
 
 
 def await_path(path: str, process: subprocess.Popen[bytes]) -> None:

@@ -70,10 +70,12 @@ def _play(
 
 def _check_clean(scratch: Path) -> None:
     assert list(scratch.iterdir()) == []
-    lines = [
-        " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
+    left = [
+        process.info
+        for process in psutil.process_iter(["cmdline", "cwd"])
+        if str(scratch) in f"{process.info['cmdline']} {process.info['cwd']}"
     ]
-    assert [line for line in lines if str(scratch) in line] == []
+    assert left == []
     backing = Path("/sys/block").glob("loop*/loop/backing_file")
     assert [file for file in backing if str(scratch) in file.read_text()] == []
 

@@ -57,6 +57,18 @@ def test_first_difference_names_the_byte(image_file: Callable[..., Path]) -> Non
         other[position] ^= 1
         assert content.first_difference(left, image_file(len(data), bytes(other))) == position
     assert content.first_difference(left, image_file(len(data) - 1, data[:-1])) == len(data) - 1
+
+
+def test_first_difference_within_a_range(image_file: Callable[..., Path]) -> None:
+    data = content.content(3 * content.STEP_BYTES, 1)
+    other = bytearray(data)
+    for position in (7, len(data) - 5):
+        other[position] ^= 1
+    left, right = image_file(len(data), data), image_file(len(data) + 9, bytes(other) + bytes(9))
+    start, end = content.STEP_BYTES, len(data) - 5
+    assert content.first_difference(left, right, start, end) is None
+    assert content.first_difference(left, right, start, end + 1) == end
+    assert content.first_difference(left, right, 0, end) == 7
     assert content.files_equal(left, image_file(len(data), data))
 
 

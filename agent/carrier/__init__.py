@@ -6,12 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from agent.errors import Unavailable
 from agent.migration import CarrierKind
 from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice, Unread
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+PATIENCE_SECONDS = 60
+"""A target that takes nothing for so long is lost."""
+ACK_SECONDS = 300
+"""So is one that does not make a round durable within this time. Keepalive would not notice: a
+live agent answers that, whatever its disk does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +89,11 @@ class BulkCarrier(Carrier, Protocol):
 
     def yield_to_guest(self, yielding: bool) -> None:
         """Work behind the guest's back, or as fast as can be (as at first)."""
+
+
+def target_lost(detail: str) -> Unavailable:
+    """Return the error for a stream that ended, or stood still for too long."""
+    return Unavailable(
+        "PEER_LOST",
+        f"the connection to the target was lost ({detail}); check its agent and the network",
+    )

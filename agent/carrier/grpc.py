@@ -7,12 +7,14 @@ touching every frame; `tcp` is the fast one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
 from warmsync.v1 import peer_service_pb2 as pb
 
+from agent.carrier import ACK_SECONDS, PATIENCE_SECONDS, target_lost
 from agent.carrier.wire import encode
 from agent.errors import Unavailable, WarmsyncError
 
@@ -70,7 +72,8 @@ class GrpcCarrier:
 
     async def send(self, frame: bytes) -> None:
         """See `agent.carrier.Carrier`."""
-        await self._window.acquire()
+        async with self._within(PATIENCE_SECONDS, f"it took nothing for {PATIENCE_SECONDS} s"):
+            await self._window.acquire()
         self._frames += 1
         await self._write(frame)
 
@@ -82,7 +85,9 @@ class GrpcCarrier:
         flush = pb.FlushRound(generation=generation, frame_count=self._frames)
         self._frames = 0
         await self._write(pb.TransferRequest(flush=flush))
-        answer = await self._flushed
+        late = f"the round was not durable there within {ACK_SECONDS} s"
+        async with self._within(ACK_SECONDS, late):
+            answer = await self._flushed
         if answer.generation != generation:
             raise Unavailable(
                 "PROTOCOL_ERROR",
@@ -104,27 +109,48 @@ class GrpcCarrier:
                 # for a failure before it hears that the migration was cancelled.
                 write = asyncio.ensure_future(self._call.write(request))
                 write.add_done_callback(lambda done: done.cancelled() or done.exception())
-                await asyncio.shield(write)
+                took_nothing = f"it took nothing for {PATIENCE_SECONDS} s"
+                async with self._within(PATIENCE_SECONDS, took_nothing):
+                    await asyncio.shield(write)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
                 await self._learn_failure(error)
+            except asyncio.CancelledError as error:
+                if is_cancelled():
+                    raise
+                await self._learn_failure(error)  # the call was, not we
         self.check()
 
-    async def _learn_failure(self, error: Exception) -> None:
+    @asynccontextmanager
+    async def _within(self, seconds: float, detail: str) -> AsyncIterator[None]:
+        """Give the target this time for what is awaited; then the stream is of no more use."""
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            self._fail(target_lost(detail))
+            self._call.cancel()
+            self.check()
+
+    async def _learn_failure(self, error: BaseException) -> None:
         """The reader learns the real reason; wait for it rather than report a broken write."""
         if self._answers is not None:
             await asyncio.wait([self._answers], timeout=5)
         if self._failure is None:
-            self._fail(_lost(str(error)))
+            self._fail(target_lost(str(error)))
 
     async def _read_answers(self) -> None:
         try:
             async for answer in self._call:
+                if answer is None:  # what gRPC makes of one that cannot be parsed
+                    self._fail(target_lost("its answer came damaged"))
+                    self._call.cancel()
+                    return
                 self._accept(answer)
-            self._fail(_lost("it closed the stream"))
+            self._fail(target_lost("it closed the stream"))
         except grpc.aio.AioRpcError as error:
             self._fail(await self._explain(error))
         except asyncio.CancelledError:
-            self._fail(_lost("the stream was closed"))
+            self._fail(target_lost("the stream was closed"))
 
     async def _explain(self, error: grpc.aio.AioRpcError) -> WarmsyncError:
         """Return the target's own reason; a write that failed meanwhile hides it from `error`."""
@@ -133,9 +159,9 @@ class GrpcCarrier:
                 async with asyncio.timeout(_STATUS_SECONDS):
                     error = await asyncio.shield(self._status)
             except TimeoutError:
-                return _lost("it did not say why")
+                return target_lost("it did not say why")
         if error.code() is grpc.StatusCode.OK:  # it ended the stream while a write was under way
-            return _lost("it closed the stream")
+            return target_lost("it closed the stream")
         return self._decode(error)
 
     def _note_status(self, call: Any) -> None:
@@ -172,8 +198,7 @@ def _result(call: Coroutine[Any, Any, Any]) -> Any:
     raise RuntimeError("the call is not done")
 
 
-def _lost(detail: str) -> Unavailable:
-    return Unavailable(
-        "PEER_LOST",
-        f"the connection to the target was lost ({detail}); check its agent and the network",
-    )
+def is_cancelled() -> bool:
+    """Return whether a CancelledError is for the present task, and not of what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -32,6 +32,7 @@ Receive: TypeAlias = Callable[[Connection, int], None]
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
+    owner: str
     receive: Receive
     index: int
     until_seconds: float
@@ -71,16 +72,21 @@ class DataPort:
         self._listener.setblocking(False)
         self._task = asyncio.create_task(self._accept(), name="data port")
 
-    def expect(self, receive: Receive, connections: int) -> tuple[bytes, ...]:
-        """Return a token for each of so many connections; good for 30 s and one greeting."""
+    def expect(self, owner: str, receive: Receive, connections: int) -> tuple[bytes, ...]:
+        """Return a token for each of so many connections; good for 30 s and one greeting.
+
+        Those that the same owner got before are good for nothing any more.
+        """
         now = time.monotonic()
-        stale = [name for name, one in self._expected.items() if one.until_seconds < now]
-        for name in stale:
-            del self._expected[name]
+        for name, one in list(self._expected.items()):
+            if one.owner == owner:
+                self._tokens.revoke(name)
+            if one.owner == owner or one.until_seconds < now:
+                del self._expected[name]
         tokens = tuple(self._tokens.issue(TOKEN_SECONDS) for _ in range(connections))
         for index, token in enumerate(tokens):
             until = now + TOKEN_SECONDS + GREETING_SECONDS
-            self._expected[token[:TOKEN_ID_BYTES]] = _Expected(receive, index, until)
+            self._expected[token[:TOKEN_ID_BYTES]] = _Expected(owner, receive, index, until)
         return tokens
 
     async def close(self) -> None:

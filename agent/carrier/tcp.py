@@ -11,13 +11,12 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from agent.carrier import CarrierRequest
+from agent.carrier import ACK_SECONDS, PATIENCE_SECONDS, CarrierRequest, target_lost
 from agent.device import io_error
 from agent.errors import Unavailable, WarmsyncError
 from native.bitmap import DirtyBitmap
@@ -77,7 +76,7 @@ class TcpCarrier:
         try:
             self._sender.check()
         except ConnectionLost as error:
-            raise _lost(str(error.strerror)) from error
+            raise target_lost(str(error.strerror)) from error
 
     async def send(self, frame: bytes) -> None:
         """See `agent.carrier.Carrier`."""
@@ -95,8 +94,11 @@ class TcpCarrier:
             return await self._call(partial(self._sender.send, jobs, generation))
         finally:
             ticking.cancel()
-            with suppress(asyncio.CancelledError):
-                await ticking  # what went wrong in it is said
+            # Not awaited itself: its cancellation could not be told from ours, which must not be
+            # lost. A migration that is stopped just here would go on for ever.
+            await asyncio.wait([ticking])
+            if not ticking.cancelled():
+                ticking.result()  # what went wrong in it is said
             self._count(tick)
 
     async def flush(self, generation: int) -> float:
@@ -127,7 +129,7 @@ class TcpCarrier:
         if self._closed:
             return
         self._closed = True
-        self._failure = self._failure or _lost("the stream was closed")
+        self._failure = self._failure or target_lost("the stream was closed")
         self._sender.stop()
         self._sender.cut()
         await asyncio.to_thread(self._thread.shutdown)
@@ -166,7 +168,7 @@ class TcpCarrier:
             await self._explain()
         except WarmsyncError as reason:
             return reason
-        return _lost(str(error.strerror))
+        return target_lost(str(error.strerror))
 
     async def _tick(self, tick: Callable[[int, int], None]) -> None:
         while True:
@@ -198,6 +200,8 @@ async def connect(offer: Offer, request: CarrierRequest, explain: Explain) -> Tc
         request.digests,
         stale=request.stale,
         compress=request.compress,
+        patience_seconds=PATIENCE_SECONDS,
+        ack_seconds=ACK_SECONDS,
     )
     return TcpCarrier(sender, detail, explain)
 
@@ -223,11 +227,4 @@ def _unreachable(offer: Offer, error: BaseException) -> Unavailable:
         "(data_port in its configuration), or use --carrier grpc",
         host=offer.host,
         port=offer.port,
-    )
-
-
-def _lost(detail: str) -> Unavailable:
-    return Unavailable(
-        "PEER_LOST",
-        f"the connection to the target was lost ({detail}); check its agent and the network",
     )

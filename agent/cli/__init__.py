@@ -28,6 +28,7 @@ for _command in (
     change.cancel,
     change.rollback,
     change.finish,
+    change.settle,
     change.delete,
     look.verify,
     certificate.certificate,

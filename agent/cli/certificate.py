@@ -18,15 +18,15 @@ from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
 
 from agent.certificate import Certificate, fingerprint, load, parse_key
 from agent.certificate import verify as verify_certificate
+from agent.certificate.fields import MAX_CERTIFICATE_BYTES
+from agent.certificate.statement import ProvenVolume, Statement
 from agent.cli.connection import DEADLINE_SECONDS, Agent, agent_options, json_option
 from agent.cli.failure import CommandFailed
 from agent.cli.types import NAME, Parsed
 from agent.display import ShareDisplay
 from agent.errors import DataLoss, FailedPrecondition, WarmsyncError
-from agent.fields import MAX_CERTIFICATE_BYTES
 from agent.imprint import read_root
 from agent.migration import Depth, Role
-from agent.statement import ProvenVolume, Statement
 from agent.units import format_bytes
 
 KEY = Parsed("key", parse_key)

@@ -1,4 +1,4 @@
-"""pause, resume, cancel, rollback, finish, update, delete."""
+"""pause, resume, cancel, rollback, finish, settle, update, delete."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from agent.cli.connection import DEADLINE_SECONDS, Agent, agent_options
 from agent.cli.move import MODES
 from agent.cli.types import DURATION, NAME, RATE
 from agent.view import describe, migration_id, state_name
+
+OWNERS = {"source": pb.OWNER_SOURCE, "target": pb.OWNER_TARGET}
 
 
 def _command(verb: str, method: str, text: str) -> click.Command:
@@ -45,6 +47,25 @@ rollback = _command(
 finish = _command(
     "finish", "Finish", "Confirm a cutover.\n\nThe VM runs on the target; there is no way back."
 )
+
+
+@click.command()
+@agent_options
+@click.option(
+    "--owner",
+    type=click.Choice(list(OWNERS)),
+    required=True,
+    help="Who may write to the disks from now on; the VM must be off at the other one, for good.",
+)
+@click.argument("name", type=NAME, metavar="ID")
+def settle(agent: Agent, name: str, owner: str) -> None:
+    """Say who owns the disks.
+
+    For a person, where one agent is gone for good and the other cannot learn it: it ends the
+    migration there. Refused as long as the agents can find out by themselves.
+    """
+    request = service_pb.SettleMigrationRequest(name=name, owner=OWNERS[owner])
+    _print(agent, _call(agent, "SettleMigration", request))
 
 
 @click.command()

@@ -42,7 +42,7 @@ class Agent:
 
         async def main() -> T:
             async with open_channel(self.address, self.tls) as channel:
-                with calling(self.address):
+                with calling(self.address, tls=self.tls.is_on):
                     return await work(channel)
 
         return asyncio.run(main())

@@ -94,7 +94,8 @@ def watch_migration(agent: Agent, name: str) -> None:
 def verify(agent: Agent, name: str) -> None:
     """Compare the two ends.
 
-    Digest by digest; fails if a range differs that is not marked to be sent.
+    Digest by digest; fails if a range differs that is not marked to be sent, or if one of the
+    source cannot be read: the others are compared all the same.
     """
 
     async def work(channel: grpc.aio.Channel) -> service_pb.VerifyMigrationResponse:
@@ -102,7 +103,8 @@ def verify(agent: Agent, name: str) -> None:
         request = service_pb.VerifyMigrationRequest(name=name)
         with ShareDisplay(Console(stderr=True), "compared") as display:
             async for newest in MigrationServiceStub(channel).VerifyMigration(request):
-                display.update(newest.compared_bytes, newest.total_bytes)
+                done = newest.compared_bytes + newest.unread_bytes
+                display.update(done, newest.total_bytes)
         return newest
 
     result = agent.run(work)
@@ -112,6 +114,8 @@ def verify(agent: Agent, name: str) -> None:
         raise CommandFailed(Unavailable("VERIFY_ENDED", message), shown)
     if result.mismatched_bytes:
         raise CommandFailed(_unequal(result), shown)
+    if result.unread_bytes:
+        raise CommandFailed(_incomplete(result), shown)
     click.echo(json.dumps({**shown, "error": None}) if agent.json else _equal(result))
 
 
@@ -121,20 +125,24 @@ def _print_line(migration: pb.Migration) -> None:
 
 def _comparison(result: service_pb.VerifyMigrationResponse) -> dict[str, Any]:
     return {
-        "equal": result.done and not result.mismatched_bytes and not result.pending_bytes,
+        "equal": result.done
+        and not (result.mismatched_bytes or result.pending_bytes or result.unread_bytes),
         "done": result.done,
         "compared_bytes": result.compared_bytes,
         "total_bytes": result.total_bytes,
         "pending_bytes": result.pending_bytes,
         "mismatched_bytes": result.mismatched_bytes,
-        "mismatches": [
-            {
-                "source": mismatch.source,
-                "offset_bytes": mismatch.offset_bytes,
-                "length_bytes": mismatch.length_bytes,
-            }
-            for mismatch in result.mismatches
-        ],
+        "unread_bytes": result.unread_bytes,
+        "mismatches": [_range(one) for one in result.mismatches],
+        "unread": [_range(one) for one in result.unread],
+    }
+
+
+def _range(one: service_pb.Mismatch | service_pb.UnreadRange) -> dict[str, Any]:
+    return {
+        "source": one.source,
+        "offset_bytes": one.offset_bytes,
+        "length_bytes": one.length_bytes,
     }
 
 
@@ -156,3 +164,19 @@ def _unequal(result: service_pb.VerifyMigrationResponse) -> DataLoss:
         "do not use the target; cancel or roll back and report this"
     )
     return DataLoss("COPIES_DIFFER", message, mismatched_bytes=result.mismatched_bytes)
+
+
+def _incomplete(result: service_pb.VerifyMigrationResponse) -> DataLoss:
+    first = result.unread[0]
+    message = (
+        f"{format_bytes(result.unread_bytes)} of the source cannot be read and were not compared, "
+        f"the first at offset {first.offset_bytes} of {first.source}; {_equal(result)}: check the "
+        "disk and the kernel log, then verify again"
+    )
+    return DataLoss(
+        "COMPARISON_INCOMPLETE",
+        message,
+        path=first.source,
+        offset_bytes=first.offset_bytes,
+        unread_bytes=result.unread_bytes,
+    )

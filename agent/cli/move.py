@@ -49,7 +49,7 @@ COMPRESSIONS = {"none": pb.COMPRESSION_NONE, "zstd": pb.COMPRESSION_ZSTD}
     type=click.Choice(list(TRACKERS)),
     default="auto",
     show_default=True,
-    help="How writes are learned of.",
+    help="How writes are learned of. auto: qemu for SOCKET/NODE, ebpf for devices, else scan.",
 )
 @click.option(
     "--max-downtime",
@@ -93,7 +93,9 @@ COMPRESSIONS = {"none": pb.COMPRESSION_NONE, "zstd": pb.COMPRESSION_ZSTD}
 @click.option(
     "--resize",
     is_flag=True,
-    help="Grow what is on a larger target (ext4, XFS, btrfs; GPT, MBR) in the cutover.",
+    help="Grow what is on a larger target (ext4, XFS, btrfs; GPT, MBR) in the cutover. Adds to the "
+    "downtime, and is not part of what is predicted. A smaller target is taken, if nothing lies "
+    "behind its end.",
 )
 @click.option(
     "--guest-cgroup",

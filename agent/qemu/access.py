@@ -25,6 +25,11 @@ class Access:
         """What all names begin with that this agent makes in a QEMU."""
         return f"warmsync-{self.agent}-"
 
+    def volume_of(self, name: str) -> str:
+        """Return the volume that something in a QEMU was made for; empty if it is not ours."""
+        ours = name.startswith(self.prefix)
+        return name.removeprefix(self.prefix).rpartition("-")[0] if ours else ""
+
     def find_sockets(self) -> list[str]:
         """Return the QMP sockets that are there now."""
         return _find(self.sockets)
@@ -41,6 +46,10 @@ class Access:
         """Return the QMP socket of our own storage daemon for a volume."""
         return str(self.run_dir / f"{self.agent}-{_short(name)}.keeper")
 
+    def find_keepers(self) -> list[str]:
+        """Return the QMP sockets of all storage daemons of ours."""
+        return [str(path) for path in self.run_dir.glob(f"{self.agent}-*.keeper")]
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:
@@ -54,6 +63,10 @@ class Seat:
     def prefix(self) -> str:
         """What the names begin with of all that is made for this volume."""
         return f"{self.access.prefix}{self.name}-"
+
+    def owns(self, name: str) -> bool:
+        """Return whether something in a QEMU was made for this volume."""
+        return self.access.volume_of(name) == self.name
 
     @property
     def export(self) -> str:

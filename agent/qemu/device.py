@@ -1,29 +1,33 @@
 """A disk of a QEMU as a source: read by its guest-visible content, while QEMU runs and after.
 
-Owns which process shows the disk now (its QEMU, or our keeper once that has ended), the export, and
-the note that tells the agent after this one. Whose bitmaps say what was written is the tracker's.
+Owns which process shows the disk now (its QEMU, or our keeper once that has ended), that this is
+the disk that the guest has, and the export. Whose bitmaps say what was written is the tracker's.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 import os
-import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import TypeVar
 
 from agent.device import check_allowed, identities, open_error
-from agent.errors import FailedPrecondition, WarmsyncError
+from agent.errors import FailedPrecondition, NotFound, WarmsyncError
 from agent.migration import Identity
-from agent.qemu.access import Seat
-from agent.qemu.export import add_export, forget_server, list_exports, remove_export, stop_server
+from agent.nameplate import another_disk, nameplate
+from agent.qemu.access import Access, Seat
+from agent.qemu.export import add_export, forget_server, remove_export, stop_server
 from agent.qemu.image import Image
-from agent.qemu.keeper import Keeper, list_bitmaps, remove_bitmaps
+from agent.qemu.keeper import Keeper, dismiss
 from agent.qemu.monitor import Monitor, converse, gone, is_refused
-from agent.qemu.node import Node, find_again, find_node
+from agent.qemu.node import Node, find_again, find_node, replaced
+from agent.qemu.note import Note, note_of, read_note, write_note
+from agent.qemu.tidy import clear, settle, try_again
+from agent.qemu.users import Users, export_user, find_users
 from native.nbd import NbdDevice
 
 _log = logging.getLogger(__name__)
@@ -34,34 +38,45 @@ _QUIET = frozenset(
         "guest-panicked",
         "internal-error",
         "paused",
-        "postmigrate",
         "preconfig",
         "prelaunch",
         "shutdown",
     }
 )
-"""Run states in which no processor of the guest runs (qapi/run-state.json)."""
+"""Run states in which no processor of the guest runs (qapi/run-state.json). Not `postmigrate`: it
+runs on in another QEMU, and writes to the same image there."""
 _SECTOR_BYTES = 512
-_END_SECONDS = 5.0
-"""What a QEMU may take from closing its monitor to closing its disks."""
 
 
 class QemuDevice(NbdDevice):
     """The disk. `keeper` is there while its QEMU is not."""
 
     def __init__(
-        self, source: str, seat: Seat, node: Node, image: Image | None, *, at_rest: bool = False
+        self,
+        source: str,
+        seat: Seat,
+        node: Node,
+        image: Image | None,
+        *,
+        at_rest: bool = False,
+        known: Note | None = None,
     ) -> None:
         self.seat = seat
         self.node = node
         self.image = image
         self.keeper: Keeper | None = None
-        self.left_bitmaps: list[str] = []
-        """To be removed from the image once nobody has it open."""
         self._source = source
         self._closed = False
+        self._given_up = False
+        self._known = known
+        self._plate = "" if image is None else nameplate(image)
+        """What the note says."""
+        self._users = frozenset(known.users if known else ())
+        """Who had the disk when we last looked."""
         if at_rest:
             self.keeper = Keeper(seat, self._image(), node.driver)
+        else:
+            dismiss(seat.access, seat.access.keeper_path(seat.name))
         try:
             super().__init__(source, socket_path=self._show(), export=seat.export)
         except OSError as error:
@@ -70,12 +85,6 @@ class QemuDevice(NbdDevice):
         except BaseException:
             self._let_go()
             raise
-        self._write_note()
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
 
     @property
     def socket(self) -> str:
@@ -115,10 +124,12 @@ class QemuDevice(NbdDevice):
     def refresh(self) -> Node:
         """Return the disk as it is now, with its bitmaps, whoever shows it now.
 
-        QEMU_GONE if that is nobody, SOURCE_SIZE_CHANGED, QEMU_DISK_READ_ONLY, QMP_UNREACHABLE.
+        QEMU_GONE if that is nobody, QEMU_DISK_REPLACED, SOURCE_SIZE_CHANGED, QEMU_DISK_READ_ONLY,
+        QMP_UNREACHABLE, STATE_NOT_KEPT.
         """
         node = find_again(self._source, self.node.name, self.node.socket, self.seat.access)
         if node is not None:
+            self._check_image(node)
             if self.keeper is not None:
                 _log.info("its QEMU runs again path=%s", self.path)
                 self._stop_keeper()
@@ -128,7 +139,12 @@ class QemuDevice(NbdDevice):
             self._rest()
             node = self._keeper().node()
         self._check(node)
+        self._write_note()
         return node
+
+    def follow(self) -> None:
+        """Read from whoever shows the disk now. As `refresh`."""
+        self.persist(self.refresh)
 
     def obstacle(self) -> str:
         """Return why the disk is not quiet; empty if nothing says so."""
@@ -166,8 +182,12 @@ class QemuDevice(NbdDevice):
         """Talk to whoever shows the disk now."""
         return converse(self.socket, work, self.seat.access.patience_seconds)
 
+    def give_up(self) -> None:
+        """What the tracker made is not needed any more: it goes when this closes."""
+        self._given_up = True
+
     def close(self) -> None:
-        """Let go of everything; what the tracker made stays. Safe to call twice."""
+        """Let go of all but what the tracker made, unless that is given up. Safe to call twice."""
         if not self._closed:
             self._closed = True
             super().close()
@@ -199,31 +219,45 @@ class QemuDevice(NbdDevice):
 
         return self.converse(ask)
 
+    def _check_image(self, node: Node) -> None:
+        """A QEMU that was started again may have another image under the same name."""
+        same = self.image.is_at(node.path) if self.image else not node.path
+        if not same:
+            raise replaced(
+                self._source, node.socket, f"{node.name} is {node.path or 'no file'} now"
+            )
+
     def _check_shown(self) -> None:
-        """A QEMU that was started again knows nothing of our export."""
+        """The guest and our export stand on the disk; one that was started again has no export."""
         export = self.seat.export
 
-        async def ask(monitor: Monitor) -> bool:
-            return export in await list_exports(monitor)
+        async def ask(monitor: Monitor) -> Users:
+            return await find_users(monitor, self.node.name)
 
-        if not self.converse(ask):
+        users = self.converse(ask)
+        moved = users.moved(export, self._users)
+        if moved:
+            raise replaced(self._source, self.node.socket, f"a job has moved it to node {moved}")
+        if export_user(export) not in users.here:
             self.redirect(socket_path=self._show(), export=export)
+        ours = export_user(self.seat.access.prefix)
+        self._users = frozenset(one for one in users.here if not one.startswith(ours))
 
     def _rest(self) -> None:
         """Make sure that a keeper shows the image as it is now."""
         if self.keeper is not None and self.keeper.is_current:
             return
         image = self._image()
-        deadline = time.monotonic() + _END_SECONDS
-        while image.has_writer():
-            # Written behind our back, by a QEMU that we cannot talk to? Or on its way out.
-            if time.monotonic() > deadline:
-                raise gone(self.node.socket)
-            time.sleep(0.02)
+        if not image.await_no_writer():
+            raise gone(self.node.socket)  # written behind our back, by a QEMU that is silent?
         self._stop_keeper()
         self.keeper = Keeper(self.seat, image, self.node.driver)
         _log.info("its QEMU has ended path=%s", self.path)
-        self.redirect(socket_path=self._show(), export=self.seat.export)
+        try:
+            self.redirect(socket_path=self._show(), export=self.seat.export)
+        except BaseException:
+            self._stop_keeper()  # the next look starts another, and reads from it
+            raise
 
     def _keeper(self) -> Keeper:
         if self.keeper is None:
@@ -231,7 +265,8 @@ class QemuDevice(NbdDevice):
         return self.keeper
 
     def _image(self) -> Image:
-        if self.image is None:
+        """Return what a keeper can show. QEMU_GONE if nothing can."""
+        if self.image is None or not self.node.is_plain:
             raise gone(self.node.socket)
         return self.image
 
@@ -241,64 +276,156 @@ class QemuDevice(NbdDevice):
             self.keeper = None
 
     def _let_go(self) -> None:
-        """Remove what is ours, but for bitmaps; a QEMU that is gone has none of it."""
+        """Remove what is ours, but for bitmaps that are needed; now, or once its QEMU answers."""
+        try:
+            self._stop_keeper()
+        except OSError as error:
+            _log.warning('a daemon of ours left path=%s reason="%s"', self._source, error)
+        is_fenced = self.image is not None and self.image.is_fenced
+        if self.image is not None:
+            self.image.close()  # first: the fence's lock would keep out who removes bitmaps there
+            self.image = None
+        try:
+            if self._given_up:
+                clear(self.seat, self.node)
+            else:
+                self._remove_export()
+        except (WarmsyncError, OSError) as error:
+            if not (isinstance(error, WarmsyncError) and error.reason == "QEMU_GONE"):
+                _log.warning('left in a QEMU for now path=%s reason="%s"', self._source, error)
+                self._leave(keep_note=is_fenced)
+        with suppress(OSError):  # the next server there takes its place
+            forget_server(self.seat.access, self.node.socket)
+
+    def _remove_export(self) -> None:
         export, access = self.seat.export, self.seat.access
 
         async def ask(monitor: Monitor) -> None:
             await remove_export(monitor, export)
             await stop_server(monitor, access)
 
-        if self.keeper is None:
-            try:
-                self.converse(ask)
-            except WarmsyncError as error:
-                if error.reason != "QEMU_GONE":
-                    _log.warning('export left behind path=%s reason="%s"', self._source, error)
-        self._stop_keeper()
-        forget_server(access, self.node.socket)
-        if self.image is not None:
-            # First, as the fence's lock would keep out who is to remove them.
-            self.image.close()
-            left = remove_bitmaps(self.image.path, self.left_bitmaps)
-            if left:
-                _log.warning("bitmaps left in an image path=%s names=%s", self._source, left)
-            self.image = None
+        converse(self.node.socket, ask, access.patience_seconds)
+
+    def _leave(self, *, keep_note: bool) -> None:
+        """Have it removed later, but by the next agent if that takes it up."""
+        if self._given_up or self._known is None:
+            with suppress(WarmsyncError):  # without a note the next start looks at all QEMUs
+                write_note(self.seat.note, note_of(self.node, (), self._plate))
+            try_again(self.seat, self.node, keep_note=keep_note)
 
     def _write_note(self) -> None:
-        path = self.seat.note
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        node = self.node
-        told = {"socket": node.socket, "name": node.name, "driver": node.driver, "path": node.path}
-        text = json.dumps(told)
-        new = path.with_name(path.name + ".new")
-        new.write_text(text)
-        new.replace(path)
+        note = note_of(self.node, tuple(sorted(self._users)), self._plate)
+        if note != self._known:
+            write_note(self.seat.note, note)
+            self._known = note
 
 
-def open_qemu(source: str, allowed: tuple[str, ...], seat: Seat) -> QemuDevice:
-    """Open a disk of a QEMU, or one at rest that was open before. The domain's errors."""
+def open_qemu(
+    source: str, allowed: tuple[str, ...], seat: Seat, *, fenced: bool = False
+) -> QemuDevice:
+    """Open a disk of a QEMU, or one at rest that was open before. The domain's errors.
+
+    `fenced`: its guest is off and its image read-only, so no QEMU that cannot be asked matters.
+    """
     check_allowed(source, os.path.realpath(source), allowed)
-    at_rest = False
-    try:
+    settle(seat)
+    known = read_note(seat.note)
+    if known is None:
         node = find_node(source, seat.access)
-    except WarmsyncError as error:
-        known = _read_note(seat)
-        if error.reason != "QEMU_DISK_NOT_FOUND" or known is None:
+        return QemuDevice(source, seat, node, _open_image(source, node))
+    try:
+        found = _find(source, seat.access, known)
+    except WarmsyncError:
+        if not fenced:
             raise
-        node, at_rest = known, True
-    return QemuDevice(source, seat, node, _open_image(source, node), at_rest=at_rest)
+        found = None
+    if found is not None:
+        return QemuDevice(source, seat, found, _open_image(source, found), known=known)
+    image = _open_known(source, known)
+    node = known.node() if image is None else replace(known.node(), path=image.path)
+    return QemuDevice(source, seat, node, image, at_rest=True, known=known)
+
+
+def _find(source: str, access: Access, known: Note) -> Node | None:
+    """Return the disk, asked for first where it was; None if no QEMU that answers has it.
+
+    Its image can be fenced then, and that it is at rest is for `refresh` to say.
+    """
+    if known.socket in access.find_sockets():
+        try:
+            node = find_again(source, known.name, known.socket, access, settle_seconds=0)
+        except FailedPrecondition as error:
+            if error.reason != "QEMU_DISK_REPLACED":
+                raise
+            node = None  # it may be elsewhere now, and the socket another VM's
+        if node is not None:
+            return node
+    try:
+        return find_node(source, access)
+    except WarmsyncError as error:
+        if error.reason not in ("QEMU_DISK_NOT_FOUND", "QMP_UNREACHABLE"):
+            raise
+        silent = error.reason == "QMP_UNREACHABLE"  # some QEMU, which has the disk or not
+        if not _is_left(source, known, silent):
+            raise
+    return None
+
+
+def _is_left(source: str, known: Note, silent: bool) -> bool:
+    """Whether there is an image, which a QEMU that is `silent` does not write to."""
+    if not known.is_plain:
+        return False
+    try:
+        image = _open_known(source, known)
+    except NotFound:
+        return False
+    if image is None:
+        return False
+    try:
+        return not (silent and image.has_writer())
+    finally:
+        image.close()
+
+
+def open_image(source: str, allowed: tuple[str, ...], seat: Seat) -> Image | None:
+    """Open only the image of a disk that was open before; None if it has none. Asks no QEMU."""
+    check_allowed(source, os.path.realpath(source), allowed)
+    known = read_note(seat.note)
+    if known is not None:
+        return _open_known(source, known)
+    try:
+        return Image(os.path.realpath(source))
+    except OSError as error:
+        raise open_error(source, error) from error
+
+
+def _open_known(source: str, known: Note) -> Image | None:
+    """Open the image of a note, whatever its path is now: devices change theirs at a reboot.
+
+    None for a disk without one. The errors of opening it; FailedPrecondition SOURCE_REPLACED if
+    nothing of these names has its nameplate.
+    """
+    if not known.path:
+        return None
+    failure: WarmsyncError | None = None
+    names = (known.path, os.path.realpath(source)) if known.plate else (known.path,)
+    for path in dict.fromkeys(names):
+        try:
+            image = Image(path)
+        except OSError as error:
+            failure = failure or open_error(source, error)
+            continue
+        found = nameplate(image)
+        if known.plate in ("", found):
+            return image
+        image.close()
+        failure = another_disk(path, known.plate, found)
+    raise failure or another_disk(source, known.plate, "")
 
 
 def is_taken(error: WarmsyncError) -> bool:
     """Return whether QEMU refused to touch a bitmap because somebody uses it."""
     return is_refused(error, "in use")
-
-
-def tidy_image(note: Seat) -> None:
-    """Remove from an image at rest what a migration has left there that nobody takes up."""
-    node = _read_note(note)
-    if node is not None and node.driver == "qcow2":
-        remove_bitmaps(node.path, list_bitmaps(node.path, note.prefix))
 
 
 def _open_image(source: str, node: Node) -> Image | None:
@@ -308,13 +435,3 @@ def _open_image(source: str, node: Node) -> Image | None:
         return Image(node.path)
     except OSError as error:
         raise open_error(source, error) from error
-
-
-def _read_note(seat: Seat) -> Node | None:
-    """Return what an image was before its QEMU has ended: only we may say its format."""
-    try:
-        told = json.loads(seat.note.read_text())
-        node = Node(told["socket"], told["name"], told["driver"], told["path"], 0, read_only=False)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return node if node.path and os.path.exists(node.path) else None

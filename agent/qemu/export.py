@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from contextlib import suppress
 
 from agent.errors import FailedPrecondition
@@ -84,6 +85,13 @@ def forget_server(access: Access, qmp_socket: str) -> None:
             os.unlink(path)
 
 
+def await_no_server(access: Access, qmp_socket: str) -> None:
+    """Wait for a process that was told to end, so that the socket of its server can be removed."""
+    deadline = time.monotonic() + access.patience_seconds
+    while _listens(access.nbd_path(qmp_socket)) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
 async def _start_server(monitor: Monitor, access: Access) -> list[str]:
     """Return the sockets at which the server may be."""
     path = access.nbd_path(monitor.socket_path)
@@ -109,8 +117,11 @@ def _shows(path: str, name: str) -> bool:
 
 def _listens(path: str) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(path)
+        except BlockingIOError:
+            return True  # so many wait for it that its queue is full
         except OSError:
             return False
     return True

@@ -8,8 +8,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
+import time
 from contextlib import suppress
+from pathlib import Path
 
 from native.blockio import BlockDevice
 
@@ -18,6 +21,8 @@ _OFD_GETLK, _OFD_SETLK = 36, 37
 _WRITES_BYTE, _NOT_SHARED_BYTE = 101, 201
 """What a QEMU locks that writes to an image, and one that lets nobody else write:
 RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE (block/file-posix.c), each plus 1 for BLK_PERM_WRITE."""
+_END_SECONDS = 5.0
+"""What a QEMU may take from closing its monitor to closing its disks."""
 
 
 class Image:
@@ -33,9 +38,13 @@ class Image:
         return self._device.fileno()
 
     def stamp(self) -> tuple[int, ...]:
-        """Return what is another once somebody has written to the file."""
+        """Return what is another once somebody has written to the file or device."""
         status = os.fstat(self.fileno())
-        return status.st_ino, status.st_size, status.st_mtime_ns
+        counted: tuple[int, ...] = ()
+        if stat.S_ISBLK(status.st_mode):
+            os.fsync(self.fileno())  # what is in its page cache is not counted yet
+            counted = _count_writes(status.st_rdev)
+        return status.st_ino, status.st_size, status.st_mtime_ns, *counted
 
     def has_writer(self) -> bool:
         """Return whether a QEMU has it open for writing (none that runs with locking=off)."""
@@ -43,9 +52,34 @@ class Image:
         told = fcntl.fcntl(self.fileno(), _OFD_GETLK, asked)
         return bool(struct.unpack_from("h", told)[0] != fcntl.F_UNLCK)
 
+    def await_no_writer(self) -> bool:
+        """Wait for a QEMU that is on its way out; return whether none has it for writing."""
+        deadline = time.monotonic() + _END_SECONDS
+        while self.has_writer():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def is_at(self, path: str) -> bool:
+        """Return whether this is what a path leads to; by its name alone if nothing is there."""
+        mine = os.fstat(self.fileno())
+        try:
+            there = os.stat(path)
+        except OSError:
+            return path == self.path
+        if stat.S_ISBLK(mine.st_mode):  # there are several /dev
+            return stat.S_ISBLK(there.st_mode) and mine.st_rdev == there.st_rdev
+        return os.path.samestat(mine, there)
+
     def is_read_only(self) -> bool:
         """Return whether the fence is up, or nobody had write permission before."""
         return self._device.is_read_only()
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether the fence was put up through this."""
+        return self._fenced
 
     def set_read_only(self, read_only: bool) -> None:
         """Raise or lift the fence: the permission, and the lock, which root's QEMUs obey too."""
@@ -62,6 +96,27 @@ class Image:
         """Close it: the lock goes, the permission stays."""
         with suppress(OSError):
             self._device.close()
+
+
+def await_no_writer(path: str) -> None:
+    """Wait for a QEMU that may be on its way out, if a file is there."""
+    with suppress(OSError):
+        image = Image(path)
+        try:
+            image.await_no_writer()
+        finally:
+            image.close()
+
+
+def _count_writes(number: int) -> tuple[int, ...]:
+    """Return how many sectors of a block device were written and discarded: no flush is either.
+
+    By the kernel's count (Documentation/block/stat.rst): the time of the last change belongs to a
+    node in some /dev, and libvirt gives each QEMU a /dev of its own. Nor do discards change it.
+    """
+    path = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat"
+    fields = Path(path).read_text().split()
+    return tuple(int(fields[at]) for at in (6, 13) if at < len(fields))
 
 
 def _lock(kind: int, byte: int) -> bytes:

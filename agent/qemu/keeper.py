@@ -12,9 +12,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from agent.errors import FailedPrecondition, WarmsyncError
-from agent.qemu.access import Seat
-from agent.qemu.export import forget_server
+from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
+from agent.qemu.access import Access, Seat
+from agent.qemu.export import await_no_server, forget_server
 from agent.qemu.image import Image
 from agent.qemu.monitor import Monitor, converse, gone
 from agent.qemu.node import Node, get_node
@@ -36,7 +36,7 @@ class Keeper:
         self._patience_seconds = seat.access.patience_seconds
         self._image = image
         self._stamp = image.stamp()
-        dismiss(seat)
+        dismiss(seat.access, self.socket)
         seat.access.run_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._process = _start(self.socket, image.path, driver)
         try:
@@ -63,6 +63,16 @@ class Keeper:
 
         return converse(self.socket, ask, self._patience_seconds)
 
+    def _answers(self) -> bool:
+        """Whether it listens: its socket is there a moment before that."""
+        try:
+            self.node()
+        except FailedPrecondition as error:
+            if error.reason != "QEMU_GONE":
+                raise
+            return False
+        return True
+
     def stop(self) -> None:
         """End the daemon. Safe to call twice."""
         self._process.terminate()
@@ -79,16 +89,17 @@ class Keeper:
 
     def _await(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
-        while not Path(self.socket).exists() and time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                break
-            time.sleep(0.01)
         try:
-            self.node()
+            while not self._answers():
+                time.sleep(0.01)
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise gone(self.socket)
         except WarmsyncError as error:
             self._process.kill()
             said = self._process.communicate()[1].strip().splitlines()
             self._forget()
+            if isinstance(error, Unavailable):  # it did not answer in time: another may
+                raise
             raise FailedPrecondition(
                 "IMAGE_UNUSABLE",
                 f"{self._image.path} cannot be opened now that its QEMU has ended: "
@@ -97,40 +108,55 @@ class Keeper:
             ) from error
 
 
-def dismiss(seat: Seat) -> None:
+def dismiss(access: Access, socket: str) -> None:
     """End the daemon that an agent before this one has left behind, if it has."""
-    socket = seat.access.keeper_path(seat.name)
 
     async def ask(monitor: Monitor) -> None:
         await monitor.execute("quit")
 
     if Path(socket).exists():
         with suppress(WarmsyncError):  # ended meanwhile, or at once
-            converse(socket, ask, seat.access.patience_seconds)
+            converse(socket, ask, access.patience_seconds)
+        await_no_server(access, socket)
         Path(socket).unlink(missing_ok=True)
-    forget_server(seat.access, socket)
+    forget_server(access, socket)
 
 
 def remove_bitmaps(path: str, names: list[str]) -> list[str]:
-    """Remove bitmaps from an image at rest; return those that stay, as somebody has it open."""
+    """Remove bitmaps from an image at rest; return those that stay, as somebody has it open.
+
+    IMAGE_UNUSABLE, as `list_bitmaps`.
+    """
     left = []
     for name in names:
         command = ["qemu-img", "bitmap", "--remove", "-f", "qcow2", path, name]
-        done = subprocess.run(command, check=False, capture_output=True)
+        done = _run(path, command)
         if done.returncode != 0:
             left.append(name)
     return left
 
 
 def list_bitmaps(path: str, prefix: str) -> list[str]:
-    """Return the bitmaps in a qcow2 image with this prefix; none if it is open elsewhere."""
+    """Return the bitmaps in a qcow2 image with this prefix; none if it is open elsewhere.
+
+    IMAGE_UNUSABLE where qemu-img cannot be run.
+    """
     command = ["qemu-img", "info", "--output=json", "-f", "qcow2", path]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = _run(path, command)
     if done.returncode != 0:
         return []
     data = json.loads(done.stdout).get("format-specific", {}).get("data", {})
     names = [one["name"] for one in data.get("bitmaps", ())]
     return [name for name in names if name.startswith(prefix)]
+
+
+def _run(path: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, check=False, capture_output=True, text=True, errors="replace"
+        )
+    except OSError as error:
+        raise _unusable(path, command[0], error) from error
 
 
 def _start(socket: str, path: str, driver: str) -> subprocess.Popen[str]:
@@ -148,9 +174,13 @@ def _start(socket: str, path: str, driver: str) -> subprocess.Popen[str]:
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
     except OSError as error:
-        raise FailedPrecondition(
-            "IMAGE_UNUSABLE",
-            f"{path} cannot be opened now that its QEMU has ended: qemu-storage-daemon: "
-            f"{error.strerror}; install it (qemu-utils), or start the VM again",
-            path=path,
-        ) from error
+        raise _unusable(path, command[0], error) from error
+
+
+def _unusable(path: str, program: str, error: OSError) -> FailedPrecondition:
+    return FailedPrecondition(
+        "IMAGE_UNUSABLE",
+        f"{path} cannot be opened now that its QEMU has ended: {program}: {error.strerror}; "
+        "install it (qemu-utils), or start the VM again",
+        path=path,
+    )

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import socket
+import struct
 import threading
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
@@ -69,14 +72,14 @@ async def _converse(
     client = QMPClient("warmsync")
     try:
         async with asyncio.timeout(patience_seconds):
-            await client.connect(socket_path)
+            await client.connect(dial(socket_path, patience_seconds))
             return await work(Monitor(client, socket_path))
     except TimeoutError as error:
         raise _unreachable(socket_path, f"no answer in {patience_seconds:g} s") from error
     except (ExecInterruptedError, EOFError, ConnectionError) as error:
         raise gone(socket_path) from error
     except ConnectError as error:
-        if isinstance(error.exc, ConnectionError | FileNotFoundError | EOFError):
+        if isinstance(error.exc, ConnectionError | EOFError):
             raise gone(socket_path) from error
         raise _unreachable(socket_path, str(error)) from error
     except QMPError as error:
@@ -85,6 +88,33 @@ async def _converse(
         # What a connection ends with was told already, or matters to nobody any more.
         with suppress(QMPError, EOFError, OSError):
             await client.disconnect()
+
+
+def dial(socket_path: str, patience_seconds: float) -> socket.socket:
+    """Return a blocking socket that is connected to a QMP socket, whose queue may be full at first.
+
+    Raises as `converse`. asyncio's own connect takes a full queue (EAGAIN, unix(7)) for a connect
+    under way, and reads from a socket that was never connected.
+    """
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _limit_sends(client, patience_seconds)  # the wait of a connect, too (socket(7))
+        client.connect(socket_path)
+        _limit_sends(client, 0)  # no limit any more
+    except OSError as error:
+        client.close()
+        if isinstance(error, BlockingIOError):
+            raise _unreachable(socket_path, f"no answer in {patience_seconds:g} s") from error
+        if isinstance(error, ConnectionError | FileNotFoundError):
+            raise gone(socket_path) from error
+        raise _unreachable(socket_path, str(error)) from error
+    return client
+
+
+def _limit_sends(client: socket.socket, seconds: float) -> None:
+    fraction, whole = math.modf(seconds)
+    limit = struct.pack("@ll", int(whole), int(fraction * 1_000_000))  # struct timeval
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def _run(work: Coroutine[Any, Any, _Result]) -> _Result:
@@ -104,11 +134,11 @@ def find_silent(sockets: list[str], patience_seconds: float) -> list[str]:
         await monitor.execute("query-version")
 
     silent = []
-    for socket in sockets:
+    for path in sockets:
         try:
-            converse(socket, greet, patience_seconds)
+            converse(path, greet, patience_seconds)
         except WarmsyncError:
-            silent.append(socket)
+            silent.append(path)
     return silent
 
 

@@ -6,7 +6,9 @@ nothing.
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +16,14 @@ from agent.errors import FailedPrecondition, NotAllowed, NotFound, Unavailable, 
 from agent.qemu.access import Access
 from agent.qemu.monitor import Monitor, converse
 
-_FILTERS = frozenset({"commit_top", "copy-before-write", "mirror_top"})
+FILTERS = frozenset({"commit_top", "copy-before-write", "copy-on-read", "mirror_top"})
 """Nodes that jobs put over a disk and that go by its file's name; what is written passes them."""
 _PROTOCOLS = frozenset({"file", "host_device", "nvme"})
 """Nodes under a format, which show the image's own bytes."""
+_OPTIONS = "json:"
+"""How a node's file is told that was opened with options which matter."""
+SETTLE_SECONDS = 5.0
+"""What a QEMU that answers may be without a disk: when it begins, and when it ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,8 @@ class Node:
     bitmaps: tuple[Bitmap, ...] = ()
     keeps_bitmaps: bool = False
     """Whether persistent bitmaps outlive QEMU: in qcow2, but for its first version."""
+    is_plain: bool = True
+    """Whether an image alone says what it shows: no offset, no other backing file, no key."""
 
 
 async def list_nodes(monitor: Monitor) -> list[Node]:
@@ -56,21 +64,30 @@ async def get_node(monitor: Monitor, name: str) -> Node | None:
     return next((node for node in await list_nodes(monitor) if node.name == name), None)
 
 
-def find_again(source: str, name: str, socket: str, access: Access) -> Node | None:
+def find_again(
+    source: str, name: str, socket: str, access: Access, settle_seconds: float = SETTLE_SECONDS
+) -> Node | None:
     """Return the disk in the QEMU that had it, or in the one that was started there since.
 
-    None if it is not there, or no QEMU is. QMP_UNREACHABLE, QEMU_DISK_AMBIGUOUS,
+    None if no QEMU is there. QEMU_DISK_REPLACED from one that answers and does not have the disk:
+    its guest may run and write elsewhere. QMP_UNREACHABLE, QEMU_DISK_AMBIGUOUS and
     QEMU_DISK_READ_ONLY.
     """
-    try:
-        nodes = converse(socket, list_nodes, access.patience_seconds)
-    except FailedPrecondition as error:
-        if error.reason == "QEMU_GONE":
-            return None
-        raise
-    disks = _disks([node for node in nodes if _is_named(node, source)])
-    same = [node for node in disks if node.name == name] or disks
-    return _choose(source, [socket], same, []) if same else None
+    deadline = time.monotonic() + settle_seconds
+    while True:
+        try:
+            nodes = converse(socket, list_nodes, access.patience_seconds)
+        except FailedPrecondition as error:
+            if error.reason == "QEMU_GONE":
+                return None
+            raise
+        disks = _disks([node for node in nodes if is_named(node, source)])
+        same = [node for node in disks if node.name == name] or disks
+        if same:
+            return _choose(source, [socket], same, [])
+        if time.monotonic() > deadline:
+            raise replaced(source, socket, "it is none of its disks any more")
+        time.sleep(0.1)
 
 
 def find_node(source: str, access: Access) -> Node:
@@ -99,8 +116,19 @@ def find_node(source: str, access: Access) -> Node:
             if error.reason != "QEMU_GONE":  # else a socket that its QEMU has left behind
                 raise
             continue
-        matches += [node for node in nodes if _is_named(node, source)]
+        matches += [node for node in nodes if is_named(node, source)]
     return _choose(source, sockets, _disks(matches), silent)
+
+
+def replaced(source: str, socket: str, detail: str) -> FailedPrecondition:
+    """Return the error of a QEMU whose guest has another disk now."""
+    return FailedPrecondition(
+        "QEMU_DISK_REPLACED",
+        f"the QEMU at {socket} has another disk in place of {source} ({detail}), and its guest "
+        "may write there; start a new migration, of the disk that the guest has now",
+        path=source,
+        socket=socket,
+    )
 
 
 def _choose(
@@ -129,13 +157,15 @@ def _choose(
     raise NotFound(
         "QEMU_DISK_NOT_FOUND",
         f"none of the {len(sockets)} QEMUs that answer to this agent has the disk {source}; check "
-        "that its VM runs and that [qemu] sockets matches its QMP socket",
+        "that its VM runs and that [qemu] sockets matches its QMP socket; if the VM is off, open "
+        "the image in a qemu-storage-daemon with such a socket",
         path=source,
         sockets=len(sockets),
     )
 
 
-def _is_named(node: Node, source: str) -> bool:
+def is_named(node: Node, source: str) -> bool:
+    """Return whether `source` means this node: its image by any path, or SOCKET/NODE."""
     if source == f"{node.socket}/{node.name}":
         return True
     return bool(node.path) and node.path == os.path.realpath(source)
@@ -143,7 +173,7 @@ def _is_named(node: Node, source: str) -> bool:
 
 def _disks(nodes: list[Node]) -> list[Node]:
     """Leave out what stands over or under the disks, in each QEMU for itself."""
-    nodes = [node for node in nodes if node.driver not in _FILTERS]
+    nodes = [node for node in nodes if node.driver not in FILTERS]
     formats = {node.socket for node in nodes if node.driver not in _PROTOCOLS}
     return [node for node in nodes if node.driver not in _PROTOCOLS or node.socket not in formats]
 
@@ -154,12 +184,26 @@ def _node(socket: str, told: dict[str, Any]) -> Node:
         socket=socket,
         name=told["node-name"],
         driver=told["drv"],
-        path=os.path.realpath(name) if name.startswith("/") else "",
+        path=_path(name),
         size_bytes=told["image"]["virtual-size"],
         read_only=told["ro"],
         bitmaps=tuple(_bitmap(one) for one in told.get("dirty-bitmaps", ()) if "name" in one),
         keeps_bitmaps=told["drv"] == "qcow2" and _compat(told["image"]) != "0.10",
+        is_plain=name.startswith("/"),
     )
+
+
+def _path(name: str) -> str:
+    """Return the real path of the file under a node; empty if there is none."""
+    if name.startswith(_OPTIONS):
+        try:
+            told = json.loads(name.removeprefix(_OPTIONS))
+        except ValueError:  # QEMU cuts it off if it is too long
+            return ""
+        while isinstance(told.get("file"), dict):
+            told = told["file"]
+        name = str(told.get("filename", ""))
+    return os.path.realpath(name) if name.startswith("/") else ""
 
 
 def _compat(image: dict[str, Any]) -> str:

@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from agent.errors import FailedPrecondition, NotFound, WarmsyncError
-from agent.qemu.monitor import Monitor, converse
-from agent.qemu.node import list_nodes
+from agent.errors import FailedPrecondition, NotFound, Unavailable, WarmsyncError
+from agent.qemu.monitor import Monitor, converse, dial
+from agent.qemu.node import is_named, list_nodes
 
 PATIENCE_SECONDS = 10.0
 """How long QMP may take to answer."""
@@ -41,22 +41,27 @@ class PoweredDown:
 def find_vms(paths: Sequence[str], sockets: Sequence[str]) -> list[str]:
     """Return the QMP sockets of the QEMUs that have these disks. NotFound VM_NOT_FOUND.
 
-    A disk is a device's or image's path as QEMU opened it. Sockets at which nobody listens count as
-    VMs that are off.
+    A disk is a device's or image's path as QEMU opened it, or SOCKET/NODE. Sockets at which nobody
+    listens count as VMs that are off. Unavailable QMP_UNREACHABLE for one that does not answer, if
+    a disk is not found elsewhere.
     """
-    wanted = {os.path.realpath(path): path for path in paths}
-    found: dict[str, str] = {}
+    found, silent = dict[str, str](), list[WarmsyncError]()
     for address in sockets:
         try:
             nodes = converse(address, list_nodes, PATIENCE_SECONDS)
+        except Unavailable as error:
+            silent.append(error)
+            continue
         except FailedPrecondition as error:
             if error.reason != "QEMU_GONE":
                 raise
             continue
-        for node in nodes:
-            if node.path and os.path.realpath(node.path) in wanted:
-                found[os.path.realpath(node.path)] = address
-    missing = [path for real, path in wanted.items() if real not in found]
+        for path in paths:
+            if any(is_named(node, path) for node in nodes):
+                found[path] = address
+    missing = [path for path in paths if path not in found]
+    if missing and silent:
+        raise silent[0]
     if missing:
         raise NotFound(
             "VM_NOT_FOUND",
@@ -70,7 +75,7 @@ def find_vms(paths: Sequence[str], sockets: Sequence[str]) -> list[str]:
 def power_down(address: str, limit_seconds: float, *, kill: bool) -> PoweredDown:
     """Press the power button and wait until the guest is off. Blocking.
 
-    `kill`: end QEMU after the limit, else FailedPrecondition GUEST_STILL_ON.
+    FailedPrecondition GUEST_STILL_ON. `kill`: end QEMU after the limit; raised if that fails, too.
     """
     started = time.monotonic()
     with _process(address) as process:
@@ -95,8 +100,7 @@ def power_down(address: str, limit_seconds: float, *, kill: bool) -> PoweredDown
 @contextlib.contextmanager
 def _process(address: str) -> Iterator[int]:
     """Yield a descriptor of the process that listens at a socket (unix(7), pidfd_open(2))."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.connect(address)
+    with dial(address, PATIENCE_SECONDS) as probe:
         size = struct.calcsize("3i")
         credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
     descriptor = os.pidfd_open(struct.unpack("3i", credentials)[0])
@@ -128,4 +132,12 @@ def _end(address: str, process: int) -> None:
     if not _has_ended(process, _QUIT_SECONDS):
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, signal.SIGKILL)
-        _has_ended(process, _QUIT_SECONDS)
+        if not _has_ended(process, _QUIT_SECONDS):
+            raise FailedPrecondition(
+                "GUEST_STILL_ON",
+                f"the QEMU at {address} has not ended {_QUIT_SECONDS:g} s after SIGKILL: the "
+                "kernel holds it (state D in ps); see to the storage that it waits for, and start "
+                "its VM nowhere else before it is gone",
+                socket=address,
+                seconds=_QUIT_SECONDS,
+            )

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from agent.errors import DataLoss, FailedPrecondition
 from agent.layout import Layout, find_layout
-from agent.partitions import ALIGNMENT_BYTES, Scheme, Table, find_table
-from agent.resize import filesystem, overlay, window
+from agent.layout.partitions import ALIGNMENT_BYTES, Scheme, Table, find_table
+from agent.layout.superblock import SIZED, Content, Kind, Read
+from agent.resize import filesystem, means, overlay, window
 from agent.resize.loop import attached
 from agent.resize.overlay import Overlay
-from agent.resize.tool import ToolError, Tools, find
-from agent.superblock import SIZED, Content, Kind
+from agent.resize.tool import ToolError, Tools
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
 
@@ -57,8 +57,9 @@ class GrowReport:
     """Of `seconds`, the part in which the device was written."""
 
 
-def look(device: BlockDevice, data_bytes: int) -> Layout:
-    """Return what is on the first `data_bytes` of a device. FailedPrecondition, OSError."""
+def reads(device: BlockDevice) -> Read:
+    """Return how to read any range of a device, past all caches. OSError."""
+    size = device.size_bytes()
 
     def read(offset: int, length: int) -> bytes:
         start = offset - offset % overlay.BLOCK_BYTES
@@ -67,8 +68,21 @@ def look(device: BlockDevice, data_bytes: int) -> Layout:
         device.read(start, buffer)
         return bytes(memoryview(buffer)[offset - start : offset - start + length])
 
-    size = device.size_bytes()
-    return find_layout(read, min(data_bytes, size), device.logical_block_size_bytes)
+    return read
+
+
+def foresee(device: BlockDevice) -> str:
+    """Return which file system a resize of a copy of this device would grow (a `Kind`).
+
+    Empty where there is none, or nobody can tell now: a guest may be writing.
+    """
+    try:
+        size, sector_bytes = device.size_bytes(), device.logical_block_size_bytes
+        found = find_layout(reads(device), size, sector_bytes)
+        found.check_growable()
+    except (FailedPrecondition, OSError):
+        return ""
+    return found.content.kind
 
 
 def grow(
@@ -104,22 +118,39 @@ def grow(
         )
 
 
-def move_table(device: BlockDevice, source_bytes: int, place: Path) -> bool:
-    """Fit the partition table to a device smaller than its source; returns whether it had to be.
+def move_table(device: BlockDevice, data_bytes: int, source_bytes: int, place: Path) -> bool:
+    """Fit the partition table to a device that holds only the first `data_bytes` of its source.
 
-    A GPT keeps a copy at the end of the disk, which was cut off. Errors as for `grow`, and
-    TARGET_TOO_SMALL: then nothing was written.
+    A GPT keeps a copy at the end of the disk, which was cut off. Behind `data_bytes` is nothing
+    of the source: the device may have grown since. Returns whether it had to be.
+    FailedPrecondition
+    TABLE_NOT_MOVED: the device is as it was; DataLoss GROW_NOT_UNDONE: it is not.
     """
-    with _on_overlay(device, device.size_bytes(), place) as changes:
-        size = changes.size_bytes
-        table = find_table(changes.read, size, changes.sector_bytes, source_bytes)
-        if table.scheme is not Scheme.GPT:
-            return False
-        Layout(table, Content(Kind.UNKNOWN, 0)).check_fits(device.path, size)
-        for offset, data in table.patches(size):
-            changes.write(offset, data)
-        _apply(changes, device.path)
-        return True
+    try:
+        with _on_overlay(device, device.size_bytes(), place) as changes:
+            return _move_table(changes, data_bytes, source_bytes, device.path)
+    except (FailedPrecondition, ValueError) as error:
+        raise FailedPrecondition(
+            "TABLE_NOT_MOVED",
+            f"the partition table on {device.path} could not be fitted to its size, and nothing "
+            f"was released: {error}; mend that, then resume the migration",
+            path=device.path,
+        ) from error
+
+
+def _move_table(changes: Overlay, data_bytes: int, source_bytes: int, path: str) -> bool:
+    size = changes.size_bytes
+    former = max(source_bytes, size)
+    table = find_table(changes.read, data_bytes, changes.sector_bytes, former)
+    if table.scheme is not Scheme.GPT:
+        return False
+    for offset, data in table.patches(size):
+        changes.write(offset, data)
+    moved = find_table(changes.read, size, changes.sector_bytes)
+    if (moved.scheme, moved.partitions) != (table.scheme, table.partitions):
+        raise ValueError("read again, it is another table")
+    _apply(changes, path)
+    return True
 
 
 def undo_left_behind(device: BlockDevice, place: Path) -> bool:
@@ -136,15 +167,6 @@ def undo_left_behind(device: BlockDevice, place: Path) -> bool:
     if found:
         _log.warning("undid a resize that did not end device=%s", device.path)
     return found
-
-
-def programs_missing() -> dict[Kind, list[str]]:
-    """Return the programs that this host lacks, for each file system."""
-    common = ("setpriv", "mount", "umount")
-    return {
-        kind: [name for name in (*names, *common) if find(name) is None]
-        for kind, names in filesystem.PROGRAMS.items()
-    }
 
 
 @contextmanager
@@ -226,7 +248,7 @@ class _Attempt:
 def _prepare(changes: Overlay, data_bytes: int, place: Path, limits: Limits) -> _Attempt:
     layout = find_layout(changes.read, data_bytes, changes.sector_bytes)
     layout.check_growable()
-    _check_allowed(layout.content.kind, limits)
+    means.check_allowed(layout.content.kind, limits.kinds)
     _check_host(layout.content)
     table = layout.table.grown(changes.size_bytes)
     former, last = layout.table.last, table.last
@@ -254,20 +276,10 @@ def _apply(changes: Overlay, path: str) -> None:
         raise
 
 
-def _check_allowed(kind: Kind, limits: Limits) -> None:
-    if kind not in limits.kinds:
-        raise FailedPrecondition(
-            "GROW_NOT_ALLOWED",
-            f"the disk was not grown: this host's configuration does not allow that for {kind}; "
-            "grow it in the guest, or add it to resize.file_systems",
-            file_system=kind,
-        )
-
-
 def _check_host(content: Content) -> None:
-    missing = programs_missing()[content.kind]
-    if missing:
-        raise ToolError(f"{', '.join(missing)} not installed")
+    lacks = means.lacks(content.kind)
+    if lacks:
+        raise ToolError(lacks)
     if filesystem.is_mounted(content):
         raise ToolError(f"a file system of the same id is mounted on this host ({content.uuid})")
 

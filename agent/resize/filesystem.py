@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agent.layout.superblock import Content, Kind, damaged
 from agent.resize.tool import ToolError, Tools, shorten
-from agent.superblock import Content, Kind, damaged
 
 PROGRAMS = {
     Kind.EXT: ("e2fsck", "resize2fs"),

@@ -17,6 +17,9 @@ MAX_MESSAGE_BYTES = 4 << 20
 # A peer that does not answer a ping is gone: noticed within the sum of the two.
 KEEPALIVE_TIME_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 10_000
+# A connection on which bytes still come and no ping is answered is spoilt: a damaged length makes
+# HTTP/2 take all that follows for one frame. The default is a minute.
+PING_TIMEOUT_MS = 20_000
 
 NO_TLS = TlsConfig()
 
@@ -27,6 +30,7 @@ SHARED_OPTIONS: Options = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
     # Also while no call is under way: a converged migration has quiet moments.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),

@@ -70,6 +70,9 @@ _OWNERS = {
     Owner.TARGET: migration_pb2.OWNER_TARGET,
     Owner.NOBODY: migration_pb2.OWNER_NOBODY,
 }
+_OWNERS_BY_NUMBER = {
+    int(number): owner for owner, number in _OWNERS.items() if owner is not Owner.NOBODY
+}
 _STATES: dict[str, migration_pb2.State] = {
     value.name.removeprefix("STATE_"): getattr(migration_pb2, value.name)
     for value in migration_pb2.State.DESCRIPTOR.values
@@ -137,6 +140,16 @@ def to_mode(number: int) -> Mode:
     return mode
 
 
+def to_owner(number: int) -> Owner:
+    """Return who is said to own. InvalidArgument for nobody."""
+    owner = _OWNERS_BY_NUMBER.get(number)
+    if owner is None:
+        raise InvalidArgument(
+            "INVALID_OWNER", f"owner {number} cannot be settled; use source or target"
+        )
+    return owner
+
+
 def to_message(migration: Migration) -> migration_pb2.Migration:
     """Return a migration as its resource."""
     plan = migration.plan
@@ -198,6 +211,13 @@ def to_comparison(found: Comparison) -> migration_service_pb2.VerifyMigrationRes
             for one in found.mismatches
         ],
         done=found.done,
+        unread_bytes=found.unread_bytes,
+        unread=[
+            migration_service_pb2.UnreadRange(
+                source=one.source, offset_bytes=one.offset_bytes, length_bytes=one.length_bytes
+            )
+            for one in found.unread
+        ],
     )
 
 
@@ -252,6 +272,7 @@ def resize_message(resize: Resize) -> migration_pb2.Resize:
         before_bytes=resize.before_bytes,
         after_bytes=resize.after_bytes,
         seconds=resize.seconds,
+        table_moved=resize.table_moved,
     )
     if resize.error is not None:
         message.error.CopyFrom(to_status(resize.error))
@@ -266,6 +287,7 @@ def to_resize(message: migration_pb2.Resize) -> Resize:
         message.after_bytes,
         message.seconds,
         from_status(message.error) if message.HasField("error") else None,
+        message.table_moved,
     )
 
 
@@ -285,6 +307,7 @@ def _volume(volume: Volume) -> migration_pb2.Volume:
         target=volume.target,
         size_bytes=volume.size_bytes,
         block_size_bytes=volume.block_size_bytes,
+        cut_bytes=volume.cut_bytes,
     )
 
 

@@ -87,25 +87,29 @@ def from_status(status: status_pb2.Status) -> WarmsyncError:
     return kind(info.reason, status.message, **dict(info.metadata))
 
 
-def from_rpc_error(error: grpc.RpcError, address: str = "") -> WarmsyncError:
+def from_rpc_error(error: grpc.RpcError, address: str = "", *, tls: bool = True) -> WarmsyncError:
     """Return the domain error of a failed call.
 
-    `address` is where the call went to, for messages. Errors that the other agent has raised come
-    back as they were; those that gRPC itself has raised get a reason and a mend here.
+    `address` is where the call went to, for messages; `tls`: whether this end uses TLS. Errors that
+    the other agent has raised come back as they were; those that gRPC itself has raised get a
+    reason and a mend here.
     """
     status = _rich_status(error)
     if status is not None and _info(status) is not None:
         return from_status(status)
-    return _from_plain(error, address or "the other agent")
+    return _from_plain(error, address or "the other agent", tls=tls)
 
 
 @contextmanager
-def calling(address: str) -> Iterator[None]:
-    """Translate the gRPC errors of the calls made within (also while reading a stream)."""
+def calling(address: str, *, tls: bool = True) -> Iterator[None]:
+    """Translate the gRPC errors of the calls made within (also while reading a stream).
+
+    `tls`: whether this end uses TLS.
+    """
     try:
         yield
     except grpc.RpcError as error:
-        raise from_rpc_error(error, address) from error
+        raise from_rpc_error(error, address, tls=tls) from error
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -161,7 +165,7 @@ async def _statuses(context: Any, name: str) -> AsyncIterator[None]:
 
 async def _abort(context: Any, name: str, error: Exception) -> NoReturn:
     known = _known(error)
-    if _code(known) is grpc.StatusCode.INTERNAL:
+    if known.reason == "INTERNAL":
         _log.error("call failed method=%s", name, exc_info=error)
     else:
         _log.info('call refused method=%s reason=%s message="%s"', name, known.reason, known)
@@ -205,11 +209,11 @@ def _info(status: status_pb2.Status) -> error_details_pb2.ErrorInfo | None:
     return None
 
 
-def _from_plain(error: Any, address: str) -> WarmsyncError:
+def _from_plain(error: Any, address: str, *, tls: bool) -> WarmsyncError:
     code, details = error.code(), " ".join((error.details() or "").split())
     match code:
         case grpc.StatusCode.UNAVAILABLE:
-            return _unreachable(address, details)
+            return _unreachable(address, details, tls=tls)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             message = f"{address} did not answer in time: see whether its agent is overloaded"
             return Unavailable("DEADLINE_EXCEEDED", message, address=address)
@@ -227,10 +231,10 @@ def _from_plain(error: Any, address: str) -> WarmsyncError:
     return kind(f"PEER_{code.name}", message, address=address)
 
 
-def _unreachable(address: str, details: str) -> WarmsyncError:
+def _unreachable(address: str, details: str, *, tls: bool) -> WarmsyncError:
     # "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: ..."
     cause = re.sub(r"^[A-Z_]+: ", "", details.rsplit("last error: ", 1)[-1])
-    if any(sign in details.lower() for sign in _TLS_SIGNS) or _hung_up(details):
+    if tls and (any(sign in details.lower() for sign in _TLS_SIGNS) or _hung_up(details)):
         message = (
             f"no connection with {address} could be agreed on ({cause}): either both ends use TLS "
             "or neither; with TLS both need certificates of the same authority, and the name or "
@@ -241,6 +245,9 @@ def _unreachable(address: str, details: str) -> WarmsyncError:
         f"cannot reach {address} ({cause}): see that its agent runs and listens there, and that "
         "no firewall is between"
     )
+    if not tls and _hung_up(details):
+        # A proxy before an agent that is away looks like an agent that wants TLS.
+        message += "; if it uses TLS, this end needs certificates too"
     return Unavailable("PEER_UNREACHABLE", message, address=address, details=cause)
 
 

@@ -15,8 +15,9 @@ from warmsync.v1 import migration_pb2, migration_service_pb2_grpc
 from warmsync.v1 import migration_service_pb2 as pb
 
 from agent.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
-from agent.registry import Registry, Source
-from agent.rpc.convert import id_of, to_comparison, to_message, to_mode, to_plan
+from agent.registry import Registry
+from agent.registry.revival import Source
+from agent.rpc.convert import id_of, to_comparison, to_message, to_mode, to_owner, to_plan
 from agent.target import TargetSession
 
 WATCH_SECONDS = 0.1
@@ -119,6 +120,7 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
                     return
                 await asyncio.sleep(self._watch_seconds)
                 await self._registry.wait(end.bell, seen)
+                end = self._registry.latest(end)
 
     @property
     def _watch_seconds(self) -> float:
@@ -186,6 +188,14 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
     ) -> migration_pb2.Migration:
         """End a migration that was cut over."""
         return await self._finish(request.name, "finish")
+
+    async def SettleMigration(
+        self, request: pb.SettleMigrationRequest, context: Any
+    ) -> migration_pb2.Migration:
+        """Record who owns, at either end; to its end, also if the caller hangs up."""
+        settling = self._registry.settle(id_of(request.name), to_owner(request.owner))
+        end = await asyncio.shield(asyncio.ensure_future(settling))
+        return to_message(end.snapshot())
 
     async def GetCutoverCertificate(
         self, request: pb.GetCutoverCertificateRequest, context: Any

@@ -24,6 +24,7 @@ from agent.migration import Depth, Identity, Role, Volume
 from agent.peer import SessionRequest
 from agent.registry import Registry
 from agent.rpc.convert import DEPTHS, resize_message
+from agent.shrinkage import measure
 from agent.state import State
 from agent.target import TargetSession
 from agent.version import agent_version
@@ -35,19 +36,33 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
+    async def MeasureTargets(
+        self, request: pb.MeasureTargetsRequest, context: Any
+    ) -> pb.MeasureTargetsResponse:
+        """Say how large devices are."""
+        allowed = self._registry.config.allow_devices
+        found = await asyncio.to_thread(measure, request.targets, allowed)
+        sizes = [
+            pb.TargetSize(size_bytes=one.size_bytes, sector_bytes=one.sector_bytes) for one in found
+        ]
+        return pb.MeasureTargetsResponse(sizes=sizes)
+
     async def OpenSession(
         self, request: pb.OpenSessionRequest, context: Any
     ) -> pb.OpenSessionResponse:
         """Check and claim the target devices, all or none."""
-        session = await self._registry.open_session(_session_request(request))
-        return pb.OpenSessionResponse(session_secret=session.secret)
+        opening = self._registry.open_session(_session_request(request))
+        # To its end, also when the source hangs up: it finds the session, or gives it up, later.
+        await asyncio.shield(asyncio.ensure_future(opening))
+        return pb.OpenSessionResponse()
 
     async def ResumeSession(
         self, request: pb.ResumeSessionRequest, context: Any
     ) -> pb.ResumeSessionResponse:
         """Let a source go on."""
         session = self._registry.session_of(request.session_secret)
-        generation = await session.resume(request.session_secret, request.epoch)
+        resuming = session.resume(request.session_secret, request.epoch)
+        generation = await asyncio.shield(asyncio.ensure_future(resuming))  # as at OpenSession
         released = session.state in (State.CUT_OVER, State.COMPLETED)
         certificate = session.certificate.encode() if released else b""
         return pb.ResumeSessionResponse(
@@ -92,7 +107,7 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
             )
         count = min(max(request.connections, 1), self._registry.config.transfer.connections)
         inlet = session.expect(count)
-        tokens = port.expect(partial(session.receive, inlet), count)
+        tokens = port.expect(session.id, partial(session.receive, inlet), count)
         return pb.OpenTransferResponse(port=port.port, tls=port.tls, tokens=tokens)
 
     async def CheckSession(
@@ -128,7 +143,7 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
     async def ResizeSession(
         self, request: pb.ResizeSessionRequest, context: Any
     ) -> pb.ResizeSessionResponse:
-        """Grow what is on the targets."""
+        """Fit what is on the targets to their size."""
         resizes = await self._registry.session(request.session_token).resize(request.generation)
         return pb.ResizeSessionResponse(resizes=[resize_message(one) for one in resizes])
 
@@ -166,16 +181,16 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         self, request: pb.ReclaimSessionRequest, context: Any
     ) -> pb.ReclaimSessionResponse:
         """Take the devices back for a rollback."""
-        session = self._registry.session(request.session_token)
-        await asyncio.to_thread(session.check_reclaimable, self._registry.config.allow_devices)
-        session.reclaim()
+        session = self._registry.session(request.session_token, ahead=True)
+        reclaiming = session.reclaim(self._registry.config.allow_devices)
+        await asyncio.shield(asyncio.ensure_future(reclaiming))  # as at OpenSession
         return pb.ReclaimSessionResponse()
 
     async def FinishSession(
         self, request: pb.FinishSessionRequest, context: Any
     ) -> pb.FinishSessionResponse:
         """Nothing will be reclaimed."""
-        self._registry.session(request.session_token).finish()
+        self._registry.session(request.session_token, ahead=True).finish()
         return pb.FinishSessionResponse()
 
 
@@ -289,7 +304,7 @@ class _Inlet:
 
 def _session_request(request: pb.OpenSessionRequest) -> SessionRequest:
     volumes = tuple(
-        Volume(one.source, one.target, one.size_bytes, one.block_size_bytes)
+        Volume(one.source, one.target, one.size_bytes, one.block_size_bytes, one.cut_bytes)
         for one in request.volumes
     )
     known = tuple(
@@ -306,4 +321,7 @@ def _session_request(request: pb.OpenSessionRequest) -> SessionRequest:
         volumes,
         known,
         DEPTHS.get(request.verify, Depth.FULL),
+        tuple(one.file_system for one in request.volumes),
+        request.session_secret,
+        request.epoch,
     )

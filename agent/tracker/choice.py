@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container
+import stat
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from agent.errors import FailedPrecondition
@@ -13,21 +14,37 @@ from agent.tracker import Tracker
 from agent.tracker.scan import ScanTracker
 from native.bitmap import fit_block_size
 from native.blockio import BlockDevice
+from native.buffer import AlignedBuffer
 from native.chunk import CHUNK_BYTES
+
+_QCOW2 = b"QFI\xfb"
+"""What an image begins with (docs/interop/qcow2.rst of QEMU)."""
+_START_BYTES = 4096
+
+
+def settle_scheme(scheme: Scheme, sources: Sequence[str]) -> tuple[Scheme, str]:
+    """Return the scheme to open the sources for, and why if it is not the one asked for.
+
+    `auto` is qemu where a source is named SOCKET/NODE: nothing else lies in a socket.
+    """
+    for source in sources if scheme is Scheme.AUTO else ():
+        socket = os.path.dirname(source)
+        if _is_socket(socket):
+            return Scheme.QEMU, f"{source} names a disk of the QEMU at {socket}"
+    return scheme, ""
 
 
 def choose_scheme(scheme: Scheme, devices: list[BlockDevice]) -> tuple[Scheme, str]:
     """Return the scheme to use for all devices of a migration, and why if it was `auto`.
 
-    `auto` is ebpf if every device is a block device and this host can load the programs.
+    `auto` is ebpf if every device is a block device and this host can load the programs. The
+    reason says also where the bytes of an image are moved, and not what its guest sees.
     """
-    if scheme in (Scheme.SCAN, Scheme.QEMU):
-        return scheme, ""
-    files = [device.path for device in devices if not device.is_block_device]
-    if scheme is Scheme.AUTO and files:
-        return Scheme.SCAN, f"{files[0]} is a file, whose writes the block layer does not show"
-    obstacle = ebpf_obstacle()
+    if scheme is Scheme.AUTO:
+        chosen, reason = _choose(devices)
+        return chosen, reason + _remark(devices)
     if scheme is Scheme.EBPF:
+        obstacle = ebpf_obstacle()
         if obstacle:
             raise FailedPrecondition(
                 "TRACKER_UNAVAILABLE",
@@ -35,10 +52,40 @@ def choose_scheme(scheme: Scheme, devices: list[BlockDevice]) -> tuple[Scheme, s
                 "run `warmsync doctor` for the mend, or use --tracker scan",
                 tracker=scheme,
             )
-        return scheme, ""
+    return scheme, ""
+
+
+def _choose(devices: list[BlockDevice]) -> tuple[Scheme, str]:
+    files = [device.path for device in devices if not device.is_block_device]
+    if files:
+        return Scheme.SCAN, f"{files[0]} is a file, whose writes the block layer does not show"
+    obstacle = ebpf_obstacle()
     if obstacle:
         return Scheme.SCAN, f"ebpf cannot be used here: {obstacle}"
     return Scheme.EBPF, "block devices, and this kernel can run the eBPF programs"
+
+
+def _remark(devices: list[BlockDevice]) -> str:
+    images = [device.path for device in devices if _is_qcow2(device)]
+    if not images:
+        return ""
+    return f"; {images[0]} is moved as the qcow2 image that it is: --tracker qemu moves its content"
+
+
+def _is_qcow2(device: BlockDevice) -> bool:
+    start = AlignedBuffer(_START_BYTES)
+    try:
+        device.read(0, start)
+    except OSError:  # shorter; or it cannot be read, which the rounds will tell
+        return False
+    return bytes(memoryview(start)[: len(_QCOW2)]) == _QCOW2
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def ebpf_obstacle() -> str:
@@ -73,11 +120,17 @@ def fit_block(scheme: Scheme, size_bytes: int, block_size_bytes: int) -> int:
 
 
 def make_tracker(
-    scheme: Scheme, device: BlockDevice, block_size_bytes: int, pin_dir: Path, store: Store
+    scheme: Scheme,
+    device: BlockDevice,
+    block_size_bytes: int,
+    pin_dir: Path,
+    store: Store,
+    *,
+    size_bytes: int,
 ) -> Tracker:
-    """Return a tracker, not yet started."""
+    """Return a tracker of a device's first `size_bytes`, not yet started."""
     if scheme is Scheme.SCAN:
-        return ScanTracker(device, store)
+        return ScanTracker(device, store, size_bytes)
     if scheme is Scheme.QEMU:
         from agent.qemu.device import QemuDevice
         from agent.tracker.qemu import QemuTracker
@@ -87,7 +140,7 @@ def make_tracker(
         return QemuTracker(device, block_size_bytes)
     from agent.tracker.ebpf import EbpfTracker
 
-    return EbpfTracker(device, block_size_bytes, pin_dir)
+    return EbpfTracker(device, block_size_bytes, pin_dir, size_bytes)
 
 
 def remove_stale(directory: Path, wanted: Container[str] = ()) -> list[str]:

@@ -33,7 +33,13 @@ class EbpfTracker:
     digests = None
     looks_cheaply = True
 
-    def __init__(self, device: BlockDevice, block_size_bytes: int, pin_dir: Path) -> None:
+    def __init__(
+        self,
+        device: BlockDevice,
+        block_size_bytes: int,
+        pin_dir: Path,
+        size_bytes: int | None = None,
+    ) -> None:
         if not device.is_block_device:
             raise InvalidArgument(
                 "TRACKER_UNSUITABLE",
@@ -42,6 +48,7 @@ class EbpfTracker:
                 path=device.path,
             )
         self._device = device
+        self._size_bytes = size_bytes or device.size_bytes()
         self._block_size_bytes = block_size_bytes
         self._pin_dir = pin_dir
         self._kernel: KernelTracker | None = None
@@ -57,9 +64,7 @@ class EbpfTracker:
             mount_bpffs(self._pin_dir)
             self._pin_dir.parent.mkdir(parents=True, exist_ok=True)
             remove(str(self._pin_dir))  # what an agent before us left, if that is not taken up
-            self._kernel = KernelTracker.attach(
-                _watch(disk, self._block_size_bytes), str(self._pin_dir)
-            )
+            self._kernel = KernelTracker.attach(self._watch(disk), str(self._pin_dir))
         except OSError as error:
             raise FailedPrecondition(
                 "TRACKER_FAILED",
@@ -68,7 +73,7 @@ class EbpfTracker:
                 path=self._device.path,
             ) from error
         self._marks = DirtyBitmap(
-            self._device.size_bytes(), self._block_size_bytes, words=self._kernel.words
+            self._size_bytes, self._block_size_bytes, words=self._kernel.words
         )
         try:
             self._prove(disk)
@@ -82,13 +87,11 @@ class EbpfTracker:
         """See `agent.tracker.Tracker`. Takes up the pinned programs of the same disk."""
         disk = disk_range(os.fstat(self._device.fileno()).st_rdev)
         kernel = KernelTracker.open(str(self._pin_dir))
-        if kernel.watch != _watch(disk, self._block_size_bytes):
+        if kernel.watch != self._watch(disk):
             kernel.close()
             raise OSError(errno.ESTALE, f"{self._pin_dir} watches another disk")
         self._kernel = kernel
-        self._marks = DirtyBitmap(
-            self._device.size_bytes(), self._block_size_bytes, words=kernel.words
-        )
+        self._marks = DirtyBitmap(self._size_bytes, self._block_size_bytes, words=kernel.words)
         self._audit = Audit(_directory(disk), kernel, self._device.path)
         # Since the attach: what was lost before the last take of the agent before us is not known.
         self._lost = 0
@@ -210,6 +213,20 @@ class EbpfTracker:
             raise RuntimeError("the tracker is not started")
         return self._kernel, self._marks, self._audit
 
+    def _watch(self, disk: DiskRange) -> TrackedRange:
+        return TrackedRange(
+            major=disk.major,
+            minor=disk.minor,
+            disk_sequence=disk.disk_sequence,
+            start_sector=disk.start_sector,
+            # What lies behind is not copied, as on another partition.
+            sector_count=min(disk.sector_count, -(-self._size_bytes // SECTOR_BYTES)),
+            block_size_bytes=self._block_size_bytes,
+            bio_based=disk.bio_based,
+            queue_count=disk.queue_count,
+            queue_depth=disk.queue_depth,
+        )
+
     def _prove(self, disk: DiskRange) -> None:
         kernel = self._kernel
         if kernel is None:
@@ -239,20 +256,6 @@ def mount_bpffs(pin_dir: Path) -> None:
     )
     if done.returncode != 0:
         raise OSError(1, f"mounting bpffs at {root}: {done.stderr.strip()}")
-
-
-def _watch(disk: DiskRange, block_size_bytes: int) -> TrackedRange:
-    return TrackedRange(
-        major=disk.major,
-        minor=disk.minor,
-        disk_sequence=disk.disk_sequence,
-        start_sector=disk.start_sector,
-        sector_count=disk.sector_count,
-        block_size_bytes=block_size_bytes,
-        bio_based=disk.bio_based,
-        queue_count=disk.queue_count,
-        queue_depth=disk.queue_depth,
-    )
 
 
 def _directory(disk: DiskRange) -> Path:

@@ -9,7 +9,6 @@ left more than one: all of them count.
 from __future__ import annotations
 
 import errno
-import logging
 from collections.abc import Iterable
 
 from agent.errors import FailedPrecondition, WarmsyncError
@@ -20,8 +19,6 @@ from agent.qemu.node import Bitmap, Node
 from agent.tracker import Take, has_mark
 from native.bitmap import DirtyBitmap
 from native.nbd import MAX_CONTEXTS, read_marks
-
-_log = logging.getLogger(__name__)
 
 
 class QemuTracker:
@@ -69,11 +66,9 @@ class QemuTracker:
             into.set_all()
             return Take(into.size_bytes, f"{self._device.path}: its QEMU lost our bitmaps")
         self._rotate(names[-1], following)
-        marks = DirtyBitmap(into.size_bytes, into.block_size_bytes)
-        self._read(node, names, marks)
-        into.merge(marks)
+        marked = self._read_into(node, names, into)
         self._remove(names)
-        return Take(marks.count_bytes())
+        return Take(marked)
 
     def look(self) -> int:
         """See `agent.tracker.Tracker`."""
@@ -112,20 +107,8 @@ class QemuTracker:
         """QEMU goes on recording."""
 
     def stop(self) -> None:
-        """See `agent.tracker.Tracker`. At rest the image is tidied up when its device closes."""
-        device = self._device
-        if device.is_closed:
-            return
-        try:
-            found = [one.name for one in device.refresh().bitmaps if self._is_ours(one)]
-            if device.keeper is None:
-                self._remove(found)
-            else:
-                device.left_bitmaps = found
-        except WarmsyncError as error:
-            if error.reason != "QEMU_GONE":  # else they went with it
-                # The agent's next start removes them.
-                _log.warning('bitmaps left behind path=%s reason="%s"', device.path, error)
+        """See `agent.tracker.Tracker`. The bitmaps go when the device closes."""
+        self._device.give_up()
 
     def _own(self, node: Node) -> list[Bitmap]:
         """Return our bitmaps, the oldest first."""
@@ -140,11 +123,9 @@ class QemuTracker:
             into.set_all()
             self._taken_at_rest = keeper.serial
             return Take(into.size_bytes, f"{self._device.path}: its QEMU ended without bitmaps")
-        marks = DirtyBitmap(into.size_bytes, into.block_size_bytes)
-        self._read(node, [one.name for one in own], marks)
-        into.merge(marks)
+        marked = self._read_into(node, [one.name for one in own], into)
         self._taken_at_rest = keeper.serial
-        return Take(marks.count_bytes())
+        return Take(marked)
 
     def _add(self, number: int) -> None:
         arguments = self._new(number)
@@ -187,6 +168,18 @@ class QemuTracker:
             await monitor.execute("transaction", actions=actions)
 
         self._device.converse(ask)
+
+    def _read_into(self, node: Node, names: list[str], into: DirtyBitmap) -> int:
+        """Mark what frozen bitmaps have; returns bytes. `into` may end before the disk does."""
+        marks = DirtyBitmap(self._device.size_bytes(), into.block_size_bytes)
+        self._read(node, names, marks)
+        if into.size_bytes == marks.size_bytes:
+            into.merge(marks)
+            return marks.count_bytes()
+        ranges = [one for one in marks.extents() if one[0] < into.size_bytes]
+        for offset, length in ranges:
+            into.set_range(offset, min(length, into.size_bytes - offset))
+        return sum(min(length, into.size_bytes - offset) for offset, length in ranges)
 
     def _read(self, node: Node, names: list[str], marks: DirtyBitmap) -> None:
         """Read frozen bitmaps through an export that is there for that only."""

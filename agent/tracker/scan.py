@@ -34,9 +34,11 @@ class ScanTracker:
     scheme = "scan"
     looks_cheaply = False
 
-    def __init__(self, device: BlockDevice, store: Store | None = None) -> None:
+    def __init__(
+        self, device: BlockDevice, store: Store | None = None, size_bytes: int | None = None
+    ) -> None:
         self._device = device
-        self._size_bytes = device.size_bytes()
+        self._size_bytes = size_bytes or device.size_bytes()
         self._interrupted = False
         self._store = store or Store(None)
         self._table_bytes = -(-self._size_bytes // CHUNK_BYTES) * DIGEST_BYTES

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from asyncio.subprocess import DEVNULL
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
 from examples.controller.plan import Evacuation, Machine, load
 
 RETRY_SECONDS = 1.0
+CREATE_SECONDS = 60.0
+UNSEEN_SECONDS = 2 * CREATE_SECONDS
+"""How long an id may be taken by a migration that is not to be seen: one is being created."""
 _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _AGAIN = (*_PASSING, grpc.StatusCode.FAILED_PRECONDITION)
 _OVER = (pb.STATE_FAILED, pb.STATE_CANCELLED, pb.STATE_ROLLED_BACK)
@@ -37,6 +41,7 @@ class Controller:
         self._plan = plan
         self._agent = MigrationServiceStub(channel)
         self._slots = asyncio.Semaphore(plan.at_once)
+        self._off: set[Machine] = set()
 
     async def evacuate(self) -> int:
         """Move all machines; returns how many could not be."""
@@ -49,7 +54,8 @@ class Controller:
                 await self._move(vm)
             except (NeedsAPerson, grpc.aio.AioRpcError) as error:
                 said = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
-                say(vm, f"LEFT BEHIND: {said}")
+                off = " (power_down has run: the VM is off)" if vm in self._off else ""
+                say(vm, f"LEFT BEHIND{off}: {said}")
                 return False
             say(vm, "evacuated")
             return True
@@ -58,14 +64,37 @@ class Controller:
         """Begin, or find what was begun before, and drive it to its end. Again, if it failed."""
         for attempt in range(1, self._plan.tries + 1):
             name = vm.migration(attempt)
-            await self._create(vm, name)
-            last = await self._drive(vm, name)
+            last = await self._carry(vm, name)
             if last.state == pb.STATE_COMPLETED:
                 return
+            if last.owner == pb.OWNER_NOBODY:  # the target may have the disks
+                raise NeedsAPerson(last.error.message)
             say(vm, f"{name} {name_of(last)} {last.error.message}")
         raise NeedsAPerson(f"{self._plan.tries} migrations failed: see the agents' logs")
 
-    async def _create(self, vm: Machine, name: str) -> None:
+    async def _carry(self, vm: Machine, name: str) -> pb.Migration:
+        """Create it, or find it, and drive it to its end; return its last state.
+
+        An id is taken before there is a migration to be seen. A call that a restart or a deadline
+        has cut short goes on there, or fails and leaves the id free.
+        """
+        unseen_until, told = time.monotonic() + UNSEEN_SECONDS, ""
+        while True:
+            found = await self._create(vm, name)
+            if found != told:
+                say(vm, found)
+            told = found
+            try:
+                return await self._drive(vm, name)
+            except grpc.aio.AioRpcError as error:
+                if error.code() != grpc.StatusCode.NOT_FOUND:
+                    raise
+            if time.monotonic() > unseen_until:  # only the target knows of it
+                return pb.Migration(state=pb.STATE_FAILED)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _create(self, vm: Machine, name: str) -> str:
+        """Return what there is to say of it."""
         wanted = pb.Migration(
             peer=vm.peer,
             volumes=[pb.Volume(source=source, target=target) for source, target in vm.volumes],
@@ -74,13 +103,11 @@ class Controller:
         request = service.CreateMigrationRequest(migration_id=name, migration=wanted)
         while True:
             try:
-                await self._agent.CreateMigration(request, timeout=60)
-                say(vm, "started")
-                return
+                await self._agent.CreateMigration(request, timeout=CREATE_SECONDS)
+                return "started"
             except grpc.aio.AioRpcError as error:
                 if error.code() == grpc.StatusCode.ALREADY_EXISTS:  # by us, before a restart
-                    say(vm, "found under way")
-                    return
+                    return "found under way"
                 if error.code() not in _PASSING:
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
@@ -94,8 +121,6 @@ class Controller:
                 if last is not None:
                     return last
             except grpc.aio.AioRpcError as error:
-                if error.code() == grpc.StatusCode.NOT_FOUND:  # only the target knows of it
-                    return pb.Migration(state=pb.STATE_FAILED)
                 # The VM still wrote, say; or somebody else did something meanwhile: look again.
                 refusals += error.code() == grpc.StatusCode.FAILED_PRECONDITION
                 if refusals > self._plan.tries or error.code() not in _AGAIN:
@@ -122,12 +147,15 @@ class Controller:
         if migration.state == pb.STATE_CONVERGED:
             say(vm, "powering down")
             await run(self._plan.power_down, vm)
+            self._off.add(vm)
             request = service.CutOverMigrationRequest(name=migration.name, force=True)
             done = await self._agent.CutOverMigration(request)
             say(vm, f"cut over, downtime {done.progress.downtime_seconds:.3f} s")
         else:
             say(vm, "booting")
+            self._off.add(vm)  # also if that was before a restart
             await run(self._plan.boot, vm)
+            self._off.discard(vm)
             # From here on there is no way back.
             await self._agent.FinishMigration(service.FinishMigrationRequest(name=migration.name))
 

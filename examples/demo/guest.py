@@ -21,6 +21,7 @@ from examples.demo.disks import DemoFailed, Disk
 # not expect to find it. Three of four writes hit the hot sixteenth at the start.
 WORKLOAD = """\
 [global]
+thread
 filename={path}
 direct={direct}
 time_based

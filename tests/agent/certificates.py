@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.certificate import Certificate, verify
+from agent.certificate.statement import End, ProvenVolume, Statement, canonical, format_time
 from agent.migration import Depth, Role
-from agent.peer import Proof
 from agent.signer import Signer
-from agent.statement import End, ProvenVolume, Statement, canonical, format_time
-from agent.target import TargetSession
+
+if TYPE_CHECKING:  # the fuzzer of certificates needs no target, nor the time to import it
+    from agent.peer import Proof
+    from agent.target import TargetSession
 
 ROOT = bytes(range(16))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,17 +18,19 @@ from agent.bell import Bell
 from agent.brake import Brake
 from agent.carrier import Carrier, CarrierRequest
 from agent.certificate import Signature
-from agent.cutover import Cutover
+from agent.certificate.statement import parse_statement
 from agent.disk import SourceDisk, open_source
 from agent.errors import WarmsyncError
 from agent.journal import Journal
 from agent.migration import Depth, Plan, Resize, Role, Scheme, Volume
-from agent.peer import Proof, Resumed, SessionRequest, TargetProof, Unread
-from agent.proof import SourceProof
+from agent.peer import DiskSize, Proof, Resumed, SessionRequest, TargetProof, Unread
+from agent.record import SourceRecord
 from agent.sender import Sender, Workshop
 from agent.signer import Signer
-from agent.source import Prepared, SourceMigration
-from agent.statement import parse_statement
+from agent.source import SourceMigration
+from agent.source.cutover import Cutover
+from agent.source.prepared import Prepared
+from agent.source.proof import SourceProof
 from agent.tracker import Take
 from agent.tracker.memory import MemoryTracker
 from native.bitmap import DirtyBitmap
@@ -129,10 +131,13 @@ class FakePeer:
         self.resizes: tuple[Resize, ...] = ()
         self.proofs = tuple(Proof(0, b"") for _ in carrier.devices)
 
-    async def open_session(self, request: SessionRequest) -> str:
+    async def measure(self, targets: Sequence[str]) -> list[DiskSize]:
+        await self._answer("measure")
+        return [DiskSize(device.size_bytes(), 512) for device in self.carrier.devices]
+
+    async def open_session(self, request: SessionRequest) -> None:
         self.requests.append(request)
         await self._answer("open_session")
-        return "secret"
 
     async def resume(self, secret: str, epoch: int) -> Resumed:
         await self._answer("resume", f"resume {epoch}")
@@ -254,11 +259,22 @@ class Source:
             resize=self.plan.resize,
         )
 
-    def migration(self, brake: Brake | None = None) -> SourceMigration:
-        """Return the migration, not yet started."""
+    def migration(
+        self, brake: Brake | None = None, *, restored: SourceRecord | None = None
+    ) -> SourceMigration:
+        """Return the migration, not yet started; `restored`: of an agent before this one."""
         request = SessionRequest(self.plan.id, 1, "boot", self.plan.volumes, ())
         prepared = Prepared(
-            self.plan, Scheme.SCAN, "", self.disks, self.peer, "secret", request, SIGNER, brake
+            self.plan,
+            Scheme.SCAN,
+            "",
+            self.disks,
+            self.peer,
+            "secret",
+            request,
+            SIGNER,
+            brake,
+            restored=restored,
         )
         return SourceMigration(prepared, self.workshop, self.journal)
 
@@ -290,12 +306,17 @@ class Source:
 
 
 @contextmanager
-def source(directory: Path, monkeypatch: pytest.MonkeyPatch, volumes: int = 1) -> Iterator[Source]:
+def source(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    volumes: int = 1,
+    verify: Depth = Depth.NONE,
+) -> Iterator[Source]:
     """Make images, trackers that are told of writes, a carrier and a peer."""
     monkeypatch.setattr(
         disk_module,
         "make_tracker",
-        lambda scheme, device, block, pins, store: WatchedTracker(device.size_bytes(), block),
+        lambda scheme, device, block, pins, store, *, size_bytes: WatchedTracker(size_bytes, block),
     )
     images = [directory / f"source{i}.img" for i in range(volumes)]
     targets = [directory / f"target{i}.img" for i in range(volumes)]
@@ -306,12 +327,12 @@ def source(directory: Path, monkeypatch: pytest.MonkeyPatch, volumes: int = 1) -
         "web1",
         "target:7070",
         tuple(Volume(str(a), str(b)) for a, b in zip(images, targets, strict=True)),
-        verify=Depth.NONE,
+        verify=verify,
     )
     with ThreadPoolExecutor(4) as threads:
         pool = BufferPool(MAX_PAYLOAD_BYTES, 4)
         opened = [open_source(volume, tuple(map(str, images))) for volume in plan.volumes]
-        disks = [SourceDisk(one, Scheme.EBPF, BLOCK, directory) for one in opened]
+        disks = [SourceDisk(one, Scheme.EBPF, BLOCK, directory, verify=verify) for one in opened]
         carrier = FakeCarrier(targets)
         try:
             for disk in disks:

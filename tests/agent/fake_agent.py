@@ -84,6 +84,11 @@ class FakeAgent(migration_service_pb2_grpc.MigrationServiceServicer):
     async def FinishMigration(self, request: Any, context: Any) -> Any:  # noqa: N802
         return migration(state=pb.STATE_COMPLETED)
 
+    async def SettleMigration(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.requests.append(request)
+        is_source = request.owner == pb.OWNER_SOURCE
+        return migration(state=pb.STATE_ROLLED_BACK if is_source else pb.STATE_COMPLETED)
+
     async def CutOverMigration(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.requests.append(request)
         if not request.force:
@@ -130,9 +135,9 @@ def failed(name: str = "web1") -> Any:
 
 
 @contextmanager
-def pretending(listen: str = "127.0.0.1:0") -> Iterator[FakeAgent]:
-    """Serve a FakeAgent from a thread with a loop of its own."""
-    fake = FakeAgent()
+def pretending(listen: str = "127.0.0.1:0", fake: FakeAgent | None = None) -> Iterator[FakeAgent]:
+    """Serve a FakeAgent, or the one given, from a thread with a loop of its own."""
+    fake = fake or FakeAgent()
     ready, stop = threading.Event(), threading.Event()
     thread = threading.Thread(target=asyncio.run, args=[_serve(fake, listen, ready, stop.is_set)])
     thread.start()

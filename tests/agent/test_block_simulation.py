@@ -63,7 +63,9 @@ def volume(directory: Path) -> Iterator[SourceDisk]:
         patched.setattr(
             disk_module,
             "make_tracker",
-            lambda scheme, device, block, pins, store: MemoryTracker(device.size_bytes(), block),
+            lambda scheme, device, block, pins, store, *, size_bytes: MemoryTracker(
+                size_bytes, block
+            ),
         )
         disk = SourceDisk(opened, Scheme.EBPF, BLOCK, directory)
     try:

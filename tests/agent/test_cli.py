@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 CONTRACT = "id state rounds bytes_sent bytes_total predicted_downtime_seconds downtime_seconds"
 COMMANDS = (
     *("agent", "migrate", "cutover", "list", "show", "watch", "pause", "resume", "cancel"),
-    *("rollback", "finish", "verify", "doctor", "update", "delete", "devices", "completion"),
-    "power-down",
+    *("rollback", "finish", "settle", "verify", "doctor", "update", "delete", "devices"),
+    *("completion", "power-down"),
 )
 GROUPS = {"certificate": ("show", "verify")}
 PATHS = [*((name,) for name in COMMANDS), *((g, name) for g in GROUPS for name in GROUPS[g])]
@@ -317,6 +317,7 @@ def test_show(fake: FakeAgent) -> None:
             "target": "/dev/b",
             "size_bytes": 2 << 30,
             "block_size_bytes": 4096,
+            "cut_bytes": 0,
         }
     ]
     assert (shown["tracker"], shown["carrier"], shown["role"]) == ("ebpf", "grpc", "source")
@@ -373,6 +374,18 @@ def test_changes(fake: FakeAgent, command: str, state: str) -> None:
     assert invoke(command, "web1", agent=fake).stdout == f"web1 {state}\n"
 
 
+@pytest.mark.parametrize(("owner", "state"), [("source", "ROLLED_BACK"), ("target", "COMPLETED")])
+def test_settle(fake: FakeAgent, owner: str, state: str) -> None:
+    assert answer("settle", "web1", "--owner", owner, agent=fake)["state"] == state
+    assert invoke("settle", "web1", "--owner", owner, agent=fake).stdout == f"web1 {state}\n"
+
+
+def test_settle_needs_to_be_told_who_owns(fake: FakeAgent) -> None:
+    assert invoke("settle", "web1", agent=fake).exit_code == 2
+    assert invoke("settle", "web1", "--owner", "nobody", agent=fake).exit_code == 2
+    assert fake.requests == []
+
+
 def test_update_names_only_what_was_given(fake: FakeAgent) -> None:
     answer("update", "web1", "--bandwidth-limit", "0", agent=fake)
     answer("update", "web1", "--max-downtime", "2s", agent=fake)
@@ -406,6 +419,25 @@ def test_verify_fails_if_the_copies_differ(fake: FakeAgent) -> None:
     assert shown["mismatches"] == [{"source": "/dev/a", "offset_bytes": 4096, "length_bytes": 7}]
     assert shown["error"]["reason"] == "COPIES_DIFFER"
     assert "do not use the target" in invoke("verify", "web1", agent=fake).stderr
+
+
+def test_verify_fails_if_the_source_cannot_be_read(fake: FakeAgent) -> None:
+    where = service.UnreadRange(source="/dev/a", offset_bytes=65536, length_bytes=65536)
+    fake.compared = [compared(done=True, unread_bytes=65536, unread=[where])]
+    shown = answer("verify", "web1", agent=fake, code=1)
+    assert (shown["equal"], shown["unread_bytes"]) == (False, 65536)
+    assert shown["unread"] == [{"source": "/dev/a", "offset_bytes": 65536, "length_bytes": 65536}]
+    assert shown["error"]["reason"] == "COMPARISON_INCOMPLETE"
+    assert shown["error"]["values"] == {
+        "path": "/dev/a",
+        "offset_bytes": "65536",
+        "unread_bytes": "65536",
+    }
+    said = invoke("verify", "web1", agent=fake).stderr
+    assert "at offset 65536 of /dev/a" in said
+    # What differs is worse than what is not known.
+    fake.compared[0].mismatched_bytes = 7
+    assert answer("verify", "web1", agent=fake, code=1)["error"]["reason"] == "COPIES_DIFFER"
 
 
 @pytest.mark.parametrize("messages", [[], [compared()]])

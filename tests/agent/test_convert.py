@@ -25,6 +25,7 @@ from agent.migration import (
     Role,
     Scheme,
     Step,
+    UnreadRange,
     Volume,
 )
 from agent.rpc.convert import id_of, to_comparison, to_message, to_plan, to_resize
@@ -32,7 +33,10 @@ from agent.rpc.errors import from_status
 from agent.state import State
 from agent.view import describe, owner_name, step_name
 
-VOLUMES = (Volume("/dev/a", "/dev/b", 1 << 30, 4096), Volume("/dev/c", "/dev/d", 1 << 20, 65536))
+VOLUMES = (
+    Volume("/dev/a", "/dev/b", 1 << 30, 4096),
+    Volume("/dev/c", "/dev/d", 1 << 20, 65536, 4096),
+)
 PLAN = Plan(
     "web1",
     "peer:7070",
@@ -142,7 +146,10 @@ def test_the_parts_of_the_downtime() -> None:
 
 
 def test_what_came_of_a_resize_there_and_back() -> None:
-    resizes = (Resize("xfs", 1, 2, 0.5), Resize(error=FailedPrecondition("GROW_FAILED", "no", a=1)))
+    resizes = (
+        Resize("xfs", 1, 2, 0.5, None, True),
+        Resize(error=FailedPrecondition("GROW_FAILED", "no", a=1)),
+    )
     progress = replace(NUMBERS, resizes=resizes)
     grown, failed = to_message(replace(SEEN, progress=progress)).progress.resizes
     assert to_resize(grown) == resizes[0]
@@ -180,9 +187,13 @@ def test_names_that_are_none(name: str) -> None:
 
 
 def test_comparisons() -> None:
-    found = Comparison(1, 2, 3, 4, (Mismatch("/dev/a", 5, 6),), done=True)
+    unread = (UnreadRange("/dev/b", 8, 9),)
+    found = Comparison(1, 2, 3, 4, 7, (Mismatch("/dev/a", 5, 6),), unread, done=True)
     message = to_comparison(found)
     assert [getattr(message, name) for name in ("compared_bytes", "total_bytes")] == [1, 2]
     assert (message.pending_bytes, message.mismatched_bytes, message.done) == (3, 4, True)
     (mismatch,) = message.mismatches
     assert (mismatch.source, mismatch.offset_bytes, mismatch.length_bytes) == ("/dev/a", 5, 6)
+    assert message.unread_bytes == 7
+    (range_,) = message.unread
+    assert (range_.source, range_.offset_bytes, range_.length_bytes) == ("/dev/b", 8, 9)

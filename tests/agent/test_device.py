@@ -239,3 +239,9 @@ def test_where_nothing_is_known_everything_is_data(
 
     data = map_data(Silent(), SIZE, 4096)  # type: ignore[arg-type]
     assert data.count_bytes() == SIZE
+
+
+def test_a_qemu_that_hung_up_is_no_disk_to_check() -> None:
+    error = io_error("source", OSError(errno.ENOTCONN, "Transport endpoint is not connected", "a"))
+    assert error.reason == "SOURCE_IO_ERROR"
+    assert str(error).endswith("see that its QEMU runs")

@@ -9,6 +9,7 @@ from warmsync.v1 import migration_pb2 as pb
 from agent.display import LineDisplay, LiveDisplay, ShareDisplay, line, open_display, picture
 from agent.errors import DataLoss
 from agent.rpc.errors import to_status
+from agent.view import page
 from tests.agent.messages import migration
 
 
@@ -46,6 +47,13 @@ def test_the_downtime_is_the_measured_one_once_there_is_one() -> None:
     message.progress.ClearField("downtime_seconds")
     message.progress.ClearField("predicted_downtime_seconds")
     assert "predicted downtime not known yet" in line(message)
+
+
+def test_a_resize_is_not_part_of_what_is_predicted() -> None:
+    message = migration()
+    message.resize = True
+    assert "predicted downtime 180 ms and the resize (budget 500 ms)" in line(message)
+    assert "~180 ms and the resize (budget 500 ms)" in page(message)
 
 
 def test_lines_come_when_something_changed_and_at_most_one_a_second() -> None:

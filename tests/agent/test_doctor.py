@@ -217,7 +217,7 @@ def test_a_host_without_io_uring(host: Host, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_a_resize_lacks(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from agent.superblock import Kind
+    from agent.layout.superblock import Kind
 
     (tmp_path / "fuse").touch()
     here = Host(host.state_dir, dev=tmp_path)

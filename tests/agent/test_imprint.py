@@ -11,7 +11,7 @@ from agent.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from agent.imprint import read_root
 from native.chunk import CHUNK_BYTES
 from tests import devices
-from tests.agent.test_roots import twin_leaf, twin_root
+from tests.agent.certificate.test_roots import twin_leaf, twin_root
 from tests.content import content
 
 MIB = 1 << 20

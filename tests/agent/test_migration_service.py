@@ -21,8 +21,9 @@ from agent.rpc.client import open_channel
 from agent.rpc.errors import calling
 from agent.rpc.migration_service import MigrationServicer
 from agent.rpc.server import Service, start_server
+from tests.agent.carriers.rig import request as rig_request
+from tests.agent.registry.test_registry import Host, hosting
 from tests.agent.rpc_helpers import run
-from tests.agent.test_registry import Host, hosting
 
 Steps = Callable[[Host, Any], Coroutine[Any, Any, None]]
 WEB1 = "migrations/web1"
@@ -249,5 +250,29 @@ def test_illegal_commands_change_nothing(tmp_path: Path) -> None:
         assert (await refused(verify.read())).reason == "NOT_COMPARABLE"
         after = await stub.GetMigration(service.GetMigrationRequest(name=WEB1))
         assert after.state == pb.STATE_PENDING
+
+    trial(tmp_path, steps)
+
+
+def test_settle_is_asked_for_a_source_or_a_target(tmp_path: Path) -> None:
+    async def steps(host: Host, stub: Any) -> None:
+        await create(host, stub)
+        for owner in (pb.OWNER_UNSPECIFIED, pb.OWNER_NOBODY):
+            request = service.SettleMigrationRequest(name=WEB1, owner=owner)
+            assert (await refused(stub.SettleMigration(request))).reason == "INVALID_OWNER"
+        request = service.SettleMigrationRequest(name=WEB1, owner=pb.OWNER_SOURCE)
+        assert (await refused(stub.SettleMigration(request))).reason == "ILLEGAL_TRANSITION"
+        unknown = service.SettleMigrationRequest(name="migrations/x", owner=pb.OWNER_SOURCE)
+        assert (await refused(stub.SettleMigration(unknown))).reason == "MIGRATION_NOT_FOUND"
+
+    trial(tmp_path, steps)
+
+
+def test_settle_at_either_end(tmp_path: Path) -> None:
+    async def steps(host: Host, stub: Any) -> None:
+        await host.registry.open_session(rig_request([host.targets["b"]]))
+        request = service.SettleMigrationRequest(name=WEB1, owner=pb.OWNER_SOURCE)
+        settled = await stub.SettleMigration(request)
+        assert (settled.role, settled.state) == (pb.ROLE_TARGET, pb.STATE_CANCELLED)
 
     trial(tmp_path, steps)

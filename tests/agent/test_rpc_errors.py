@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 from typing import Any
 
 import grpc.aio
@@ -103,6 +105,16 @@ def test_unexpected_exceptions_are_logged_with_their_trace(
     assert str(record.exc_info[1]) == "the cause"
 
 
+def test_what_has_a_reason_is_logged_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Also what gRPC says of a call to the peer whose stream was spoilt."""
+    inner = grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, details="Stream removed")
+    with caplog.at_level(logging.INFO):
+        error = call_and_fail("unary_unary", inner)
+    assert error.reason == "PEER_UNKNOWN"
+    (record,) = (one for one in caplog.records if "PEER_UNKNOWN" in one.getMessage())
+    assert record.exc_info is None
+
+
 def test_a_failed_call_to_the_peer_passes_through() -> None:
     inner = grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED)
     error = call_and_fail("unary_unary", inner)
@@ -157,6 +169,30 @@ def test_nobody_listens() -> None:
 
     with pytest.raises(errors.Unavailable, match=r"cannot reach 127.0.0.1:1 .*refused"):
         run(main)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize(
+    ("tls", "reason"), [(False, "PEER_UNREACHABLE"), (True, "TLS_HANDSHAKE_FAILED")]
+)
+def test_a_proxy_before_an_agent_that_is_away(*, tls: bool, reason: str, reset: bool) -> None:
+    """It takes the connection and hangs up, as a server does that wants TLS."""
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if reset:
+            raw = writer.get_extra_info("socket")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.close()
+
+    async def main() -> errors.WarmsyncError:
+        async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as proxy:
+            address = "127.0.0.1:{1}".format(*proxy.sockets[0].getsockname())
+            async with grpc.aio.insecure_channel(address) as channel:
+                with pytest.raises(errors.Unavailable) as caught, calling(address, tls=tls):
+                    await invoke(channel, "unary_unary")
+                return caught.value
+
+    assert run(main).reason == reason
 
 
 @pytest.mark.parametrize(

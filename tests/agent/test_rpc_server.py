@@ -61,7 +61,7 @@ async def agent(listen: str = "127.0.0.1:0", tls: TlsConfig = NO_TLS) -> AsyncIt
 async def hostname(address: str, tls: TlsConfig = NO_TLS) -> str:
     request = host_service_pb2.GetHostRequest()
     async with open_channel(address, tls) as channel:
-        with calling(address):
+        with calling(address, tls=tls.is_on):
             answer = await host_service_pb2_grpc.HostServiceStub(channel).GetHost(request)
     return str(answer.hostname)
 
@@ -165,7 +165,6 @@ def test_tls_refusals(tmp_path: Path, authority: trustme.CA) -> None:
             return [
                 await refused(address, foreign),  # distrusts the server
                 await refused(address, half),  # trusts it, but is not trusted
-                await refused(address, NO_TLS),  # plain client, TLS server
                 await refused(str(plain.address), files),  # TLS client, plain server
                 await refused(str(wrong.address), files),  # another name in the certificate
             ]
@@ -173,6 +172,20 @@ def test_tls_refusals(tmp_path: Path, authority: trustme.CA) -> None:
     for error in run(main):
         assert error.reason == "TLS_HANDSHAKE_FAILED"
         assert "either both ends use TLS or neither" in str(error)
+
+
+def test_a_plain_client_of_a_server_with_tls(tmp_path: Path, authority: trustme.CA) -> None:
+    """It cannot be told from a proxy before an agent that is away: the message names both."""
+
+    async def main() -> WarmsyncError:
+        async with agent(tls=issue(authority, tmp_path, "server", "127.0.0.1")) as server:
+            with pytest.raises(Unavailable) as caught:
+                await hostname(str(server.address), NO_TLS)
+            return caught.value
+
+    error = run(main)
+    assert error.reason == "PEER_UNREACHABLE"
+    assert "if it uses TLS, this end needs certificates too" in str(error)
 
 
 def test_a_client_without_a_certificate_is_refused(tmp_path: Path, authority: trustme.CA) -> None:

@@ -108,6 +108,32 @@ TRANSCRIPTS = {
         finish -> COMPLETED
         roll back ! ILLEGAL_TRANSITION
     """,
+    "a person says who owns, for want of an answer": """
+        settle for the source ! ILLEGAL_TRANSITION
+        seed -> SEEDING
+        sync -> SYNCING
+        settle for the target ! ILLEGAL_TRANSITION
+        force -> CUTTING_OVER
+        settle for the source -> ROLLED_BACK
+        settle for the target ! ILLEGAL_TRANSITION
+        release ! ILLEGAL_TRANSITION
+    """,
+    "a person says so after the cutover": """
+        seed -> SEEDING
+        sync -> SYNCING
+        force -> CUTTING_OVER
+        release -> CUT_OVER
+        settle for the target -> COMPLETED
+        roll back ! ILLEGAL_TRANSITION
+        settle for the source ! ILLEGAL_TRANSITION
+    """,
+    "a person says so after a failure": """
+        seed -> SEEDING
+        sync -> SYNCING
+        force -> CUTTING_OVER
+        fail -> FAILED
+        settle for the source -> ROLLED_BACK
+    """,
     "a failure during a pause": """
         seed -> SEEDING
         pause -> PAUSED
@@ -116,6 +142,9 @@ TRANSCRIPTS = {
         fail ! ILLEGAL_TRANSITION
     """,
 }
+
+SETTLED = {State.ROLLED_BACK, State.COMPLETED}
+"""Where a person's word leads, once the agents cannot learn who owns."""
 
 # Written out a second time, as the design says it; the code's own table is not trusted here.
 LEGAL = {
@@ -135,10 +164,17 @@ LEGAL = {
         State.CANCELLED,
         State.FAILED,
     },
-    State.CUTTING_OVER: {State.SYNCING, State.CUT_OVER, State.CANCELLED, State.FAILED},
+    State.CUTTING_OVER: {
+        State.SYNCING,
+        State.CUT_OVER,
+        State.CANCELLED,
+        State.FAILED,
+        State.ROLLED_BACK,
+        State.COMPLETED,
+    },
     State.PAUSED: {State.SEEDING, State.SYNCING, State.CANCELLED, State.FAILED},
     State.CUT_OVER: {State.ROLLED_BACK, State.COMPLETED},
-    State.FAILED: set(),
+    State.FAILED: set(SETTLED),
     State.CANCELLED: set(),
     State.ROLLED_BACK: set(),
     State.COMPLETED: set(),
@@ -189,6 +225,14 @@ def test_refusal_says_what_is_possible() -> None:
     }
 
 
+def test_refusal_names_the_way_out_of_a_cutover_that_nobody_answers() -> None:
+    machine = Machine(0.0)
+    for event in (Event.SEED, Event.SYNC, Event.CONVERGE, Event.CUT_OVER):
+        machine.apply(event, 1.0)
+    with pytest.raises(FailedPrecondition, match=r"possible now: cancel, settle$"):
+        machine.apply(Event.FINISH, 2.0)
+
+
 def test_refusal_of_a_dead_one_says_so() -> None:
     machine = Machine(0.0)
     machine.apply(Event.CANCEL, 1.0)
@@ -217,8 +261,10 @@ def test_paused_from_is_remembered() -> None:
     assert machine.paused_from is None
 
 
-def test_terminal_states_are_those_with_no_way_out() -> None:
-    assert {state for state in State if not LEGAL[state]} == TERMINAL
+def test_terminal_states_are_those_with_no_way_out_but_to_settle_who_owns() -> None:
+    ways_out = {state: LEGAL[state] for state in TERMINAL if LEGAL[state]}
+    assert ways_out == {State.FAILED: SETTLED}
+    assert all(LEGAL[state] for state in State if state not in TERMINAL)
     assert all(state.is_terminal == (state in TERMINAL) for state in State)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from agent.disk import SourceDisk, open_source
 from agent.migration import Scheme, Volume
-from agent.reconcile import equal_runs
+from agent.source.reconcile import equal_runs
 from agent.store import Store
 from agent.unread import UnreadBlocks
 from native.bitmap import DirtyBitmap

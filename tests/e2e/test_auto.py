@@ -222,7 +222,9 @@ def test_a_quiesce_hook_that_fails_leaves_the_source_the_owner(
     [
         ("source", "none", "HOOK_NOT_CONFIGURED"),
         ("source", "missing", "HOOK_UNUSABLE"),
+        ("source", "not executable", "HOOK_UNUSABLE"),
         ("target", "none", "HOOK_NOT_CONFIGURED"),
+        ("target", "missing", "HOOK_UNUSABLE"),
         ("target", "not executable", "HOOK_UNUSABLE"),
     ],
 )
@@ -249,16 +251,26 @@ def test_a_hook_that_cannot_run_is_refused_at_the_start(
         hosts.source.refuse("update", "web1", "--cutover", "auto", reason=reason)
 
 
-def test_a_boot_hook_that_fails_says_who_owns(hosts: Hosts, volume: Volume) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("echo no such domain; exit 3", "no such domain"),
+        ("exec sleep 60", "it had not ended after 3 s"),
+    ],
+    ids=["fails", "hangs"],
+)
+def test_a_boot_hook_that_fails_says_who_owns(
+    hosts: Hosts, volume: Volume, text: str, said: str
+) -> None:
     """The target owns, the command fails; once mended the hook is run again."""
     source, target = volume
-    hosts.hook("target", "echo no such domain; exit 3")
+    hosts.hook("target", text, boot_seconds=3)
     hosts.start()
     words = hosts.pair.migrate(
         "--id", "web1", "--cutover", "auto", "--wait", "end", volumes=[volume]
     )
     answer = hosts.source.refuse(*words, reason="HOOK_FAILED")
-    assert "no such domain" in answer.error["message"]
+    assert said in answer.error["message"], answer.error
     assert "the target owns the disks" in answer.error["message"]
     assert (answer.shown["state"], answer.shown["owner"]) == ("CUT_OVER", "target")
     _owned_by(hosts.source.show("web1"), "target", "stopped")
@@ -326,6 +338,27 @@ def test_an_agent_killed_in_the_middle_of_a_hook_runs_it_once(
     _owned_by(shown, "target", "done")
     assert hosts.calls(hook) == ["begun", "ended"]
     disks.assert_equal(*volume)
+
+
+def test_the_time_that_the_agent_was_away_is_downtime(hosts: Hosts, volume: Volume) -> None:
+    """The hook ended well, an hour before the agent came back: the VM was off all the while."""
+    text = f"while ! test -e {hosts.directory}/go; do sleep 0.05; done; touch {hosts.directory}/off"
+    hosts.hook("source", text)
+    hosts.start()
+    hosts.migrate("--cutover", "auto", volumes=[volume])
+    hosts.source.wait("web1", until=lambda now: now["cutover_step"] == "quiescing")
+    hosts.kill("source")
+    (hosts.directory / "go").touch()
+    result = hosts.directory / "source" / "hooks" / "web1-quiesce" / "result"
+    eventually(result.exists, bool)
+    ended = result.stat().st_mtime - 3600
+    os.utime(result, (ended, ended))
+    hosts.start("source")
+    shown = hosts.source.wait("web1", until=lambda now: now["cutover_step"] == "done")
+    assert shown["downtime_seconds"] > 3600
+    assert shown["downtime_saved_seconds"] < -3000
+    totals = hosts.source.ask("doctor")["totals"]
+    assert totals["downtime_seconds"] == shown["downtime_seconds"]
 
 
 def test_a_hook_that_died_with_its_agent_is_left_to_a_person(hosts: Hosts, volume: Volume) -> None:

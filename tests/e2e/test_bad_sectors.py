@@ -129,3 +129,33 @@ def test_a_comparison_takes_what_it_cannot_read_for_different(
     hand_over(pair, name, source, target)
     shown = pair.source.show(name)
     assert shown["reconciled_bytes"] == SIZE - CHUNK
+
+
+@TRACKERS
+def test_verify_compares_what_can_be_read(
+    pair: Pair, source: ScratchedDevice, target: str, tracker: str
+) -> None:
+    name = start(pair, source, target, "--tracker", tracker)
+    pair.source.wait(name, "CONVERGED")
+    with Disk(target, writable=True) as there:  # behind everybody's back, and where none can tell
+        there.write(BAD // CHUNK * CHUNK, b"other".ljust(CHUNK, b"."))
+    source.scratch((BAD, 1))
+    answer = pair.source.refuse("verify", name, reason="COMPARISON_INCOMPLETE")
+    at = BAD // CHUNK * CHUNK
+    assert answer.error["values"] == {
+        "path": source.path,
+        "offset_bytes": str(at),
+        "unread_bytes": str(CHUNK),
+    }
+    shown = answer.shown
+    assert (shown["done"], shown["equal"], shown["unread_bytes"]) == (True, False, CHUNK)
+    assert shown["unread"] == [{"source": source.path, "offset_bytes": at, "length_bytes": CHUNK}]
+    assert shown["compared_bytes"] == SIZE - CHUNK
+    assert shown["mismatched_bytes"] == 0
+    with Disk(target, writable=True) as there:
+        there.write(0, b"other".ljust(CHUNK, b"."))
+    answer = pair.source.refuse("verify", name, reason="COPIES_DIFFER")
+    assert (answer.shown["mismatched_bytes"], answer.shown["unread_bytes"]) == (CHUNK, CHUNK)
+    source.scratch()
+    assert pair.source.refuse("verify", name, reason="COPIES_DIFFER").shown["unread_bytes"] == 0
+    pair.source.ask("cancel", name)

@@ -116,11 +116,12 @@ def test_watches(pair: Pair, volume: tuple[str, str]) -> None:
     request = pb.WatchMigrationRequest(name=f"migrations/{name}")
     with called(pair.source) as channel:
         stub = MigrationServiceStub(channel)
+        # Its threads and connections for the round are there then.
+        eventually(lambda: pair.source.show(name)["bytes_sent"], bool)
         before = Held.of(pair.source)
         for _ in range(3):
-            watches = [stub.WatchMigration(request) for _ in range(WATCHES)]
-            for watch in watches:
-                assert next(watch).migration.name == request.name
+            # Those of the turn before have hung up, and are noticed one after the other.
+            watches = eventually(lambda: open_watches(stub, request), bool)
             with pytest.raises(grpc.RpcError) as caught:
                 next(stub.WatchMigration(request))
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -131,17 +132,19 @@ def test_watches(pair: Pair, volume: tuple[str, str]) -> None:
             assert_bounded(pair.source, before, mib=48, descriptors=8, threads=8)
             for watch in watches:
                 watch.cancel()
-            eventually(lambda: can_watch(stub, request), bool)
     pair.source.ask("cancel", name)
 
 
-def can_watch(stub: MigrationServiceStub, request: pb.WatchMigrationRequest) -> bool:
-    watch = stub.WatchMigration(request)
-    with suppress(grpc.RpcError):
-        next(watch)
-        watch.cancel()
-        return True
-    return False
+def open_watches(stub: MigrationServiceStub, request: pb.WatchMigrationRequest) -> list[Any]:
+    """Return as many watches as there may be, which have been answered; none if one was refused."""
+    watches = [stub.WatchMigration(request) for _ in range(WATCHES)]
+    try:
+        assert {next(watch).migration.name for watch in watches} == {request.name}
+    except grpc.RpcError:
+        for watch in watches:
+            watch.cancel()
+        return []
+    return watches
 
 
 def test_polls(pair: Pair, volume: tuple[str, str]) -> None:
@@ -196,15 +199,18 @@ def test_sessions_that_come_to_nothing(pair: Pair, loop_device: Callable[..., Lo
             given = peers.SessionVolume(
                 source="/dev/x", target=path, size_bytes=MIB, block_size_bytes=4096
             )
-            opened = stub.OpenSession(
+            secret = f"the secret of session {number}"
+            stub.OpenSession(
                 peers.OpenSessionRequest(
                     migration_id=f"dead-{number}",
                     protocol_version=PROTOCOL_VERSION,
                     boot_id="another",
                     volumes=[given],
+                    session_secret=secret,
+                    epoch=1,
                 )
             )
-            return f"{opened.session_secret}/1"
+            return f"{secret}/1"
 
         def give_up(token: str) -> None:
             stub.AbortSession(peers.AbortSessionRequest(session_token=token, reason="test"))

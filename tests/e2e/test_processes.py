@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
+from agent.device import boot_id
 from tests import content, guest
 from tests.devices import LoopDevice, require
 from tests.e2e import disks
@@ -170,6 +172,27 @@ def test_a_tracker_that_is_gone_is_not_believed(
     hosts.pair.tidy()
 
 
+def test_marks_of_another_boot_are_not_believed(
+    hosts: Hosts, volume: tuple[str, str], tmp_path: Path
+) -> None:
+    """What `scan` knows is in the state directory, and nothing made it durable in time."""
+    name = hosts.pair.start("--tracker", "scan", "--max-downtime", "20s", volumes=[volume])
+    hosts.source.wait(name, "CONVERGED")
+    hosts.end("source", signal.SIGKILL)
+    boot = boot_id()
+    with closing(sqlite3.connect(tmp_path / "source/journal.db")) as journal, journal:
+        changed = journal.execute(
+            "UPDATE migration SET record = replace(record, ?, ?)", (boot, boot[::-1])
+        )
+        assert changed.rowcount == 1
+    hosts.start("source")
+    assert hosts.source.show(name)["suspect_volumes"] == 1
+    hosts.source.wait(name, "CONVERGED")
+    hosts.source.ask("cutover", name)
+    disks.assert_equal(*volume)
+    hosts.pair.tidy()
+
+
 def test_each_volume_is_taken_up_whatever_the_first_was(
     hosts: Hosts, volume: tuple[str, str], loop_device: Callable[..., LoopDevice]
 ) -> None:
@@ -206,3 +229,29 @@ def test_an_agent_that_is_away_is_waited_for(
     hand_over(hosts, name, writer)
     disks.assert_equal(*volume)
     hosts.pair.tidy()
+
+
+def test_a_target_given_up_while_its_source_is_away(hosts: Hosts, volume: tuple[str, str]) -> None:
+    name = hosts.pair.start("--max-downtime", "20s", volumes=[volume])
+    hosts.source.wait(name, "CONVERGED")
+    hosts.target.refuse("cancel", name, reason="NOT_THE_SOURCE")
+    hosts.end("source", signal.SIGKILL)
+    eventually(lambda: hosts.target.run("cancel", name), lambda answer: answer.code == 0)
+    shown = hosts.target.show(name)
+    assert (shown["state"], shown["incomplete"]) == ("CANCELLED", True)
+    assert disks.is_free(volume[1])
+    # The source hears of it when it comes back, and stays the owner of what it has.
+    hosts.start("source")
+    shown = eventually(lambda: hosts.source.show(name), lambda now: now["state"] == "FAILED")
+    assert shown["owner"] == "source"
+    assert not disks.is_fenced(volume[0])
+    disks.assert_writable(volume[0])
+    # Both are free for another migration, and nothing of the first is believed.
+    disks.soil(volume[1], 7)
+    again = hosts.pair.start("--max-downtime", "20s", volumes=[volume])
+    hosts.source.wait(again, "CONVERGED")
+    assert hosts.source.ask("cutover", again)["state"] == "CUT_OVER"
+    disks.assert_equal(*volume)
+    hosts.source.ask("rollback", again)
+    hosts.pair.tidy()
+    hosts.pair.assert_clean()

@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import grpc
 import pytest
 from click.testing import CliRunner
+from warmsync.v1 import migration_service_pb2 as pb
+from warmsync.v1.migration_service_pb2_grpc import MigrationServiceStub
 
 from agent.cli import cli
+from agent.rpc.errors import from_rpc_error
 from tests import content
 from tests.content import Disk
-from tests.devices import LoopDevice, require
+from tests.devices import LoopDevice, ScratchedDevice, require
 from tests.e2e import agents, disks
-from tests.e2e.agents import Agent, Answer, Pair
+from tests.e2e.agents import Agent, Answer, Pair, eventually
 from tests.e2e.disks import MIB
 from tests.e2e.hosts import Hosts
 from tests.native.tracking import bpffs
@@ -23,6 +27,7 @@ from tests.native.tracking import bpffs
 SIZE = 16 * MIB + 4096
 EASY = ("--max-downtime", "20s")
 CHUNK = 65536
+SMALL = 4 * MIB
 
 
 @pytest.fixture
@@ -46,7 +51,9 @@ def verify(file: Path, *words: object) -> Answer:
     return agents.run("certificate", "verify", str(file), *map(str, words))
 
 
-def converged(pair: Pair, depth: str, *ends: LoopDevice, tracker: str = "ebpf") -> str:
+def converged(
+    pair: Pair, depth: str, *ends: LoopDevice | ScratchedDevice, tracker: str = "ebpf"
+) -> str:
     words = ("--tracker", tracker, "--verify", depth, *EASY)
     name = pair.start(*words, volumes=[(ends[0].path, ends[1].path)])
     pair.source.wait(name, "CONVERGED")
@@ -167,3 +174,76 @@ def test_a_death_in_the_middle(
     for device in (source, target):
         assert verify(ours, "--device", device.path).code == 0
     hosts.source.ask("rollback", name)
+
+
+def test_a_target_killed_between_the_last_flush_and_the_proof(
+    hosts: Hosts,
+    loop_device: Callable[..., LoopDevice],
+    scratched_device: Callable[..., ScratchedDevice],
+    tmp_path: Path,
+) -> None:
+    source, target = loop_device(SMALL), scratched_device(SMALL)
+    content.fill(source.path, 1)
+    name = converged(hosts.pair, "final", source, target)
+    hosts.source.ask("update", name, "--bandwidth-limit", "32K")
+    sent = hosts.source.show(name)["bytes_sent"]
+    write(source.path, MIB, b"a round that lasts".ljust(MIB, b"."))
+    eventually(lambda: hosts.source.show(name), lambda now: now["bytes_sent"] > sent)
+    write(source.path, 5 * CHUNK)  # for the last round, as the one before is under way
+    rounds = hosts.target.show(name)["rounds"]
+    with grpc.insecure_channel(hosts.source.address) as channel:
+        stub = MigrationServiceStub(channel)
+        with target.held() as waiting:
+            request = pb.CutOverMigrationRequest(name=f"migrations/{name}", force=True)
+            cutover = stub.CutOverMigration.future(request)
+            stub.GetMigration(pb.GetMigrationRequest(name=f"migrations/{name}"))  # it is heard
+            hosts.source.ask("update", name, "--bandwidth-limit", "0")
+            # With `final` nothing is read there but for the proof.
+            eventually(waiting.exists, bool)
+            assert hosts.target.show(name)["rounds"] == rounds + 2
+            assert hosts.source.show(name)["state"] == "CUTTING_OVER"
+            hosts.target.process.send_signal(signal.SIGKILL)  # it dies once its read has ended
+        hosts.end("target", signal.SIGKILL)
+        with pytest.raises(grpc.RpcError) as caught:
+            cutover.result(agents.SECONDS)
+    assert from_rpc_error(caught.value).reason == "PEER_UNREACHABLE"
+    assert hosts.source.show(name)["owner"] == "source"
+    hosts.start("target")
+    hosts.source.wait(name, "CONVERGED")
+    assert not disks.is_fenced(source.path)
+    for agent in (hosts.source, hosts.target):
+        agent.refuse("certificate", "show", name, reason="NO_CERTIFICATE")
+    write(source.path, 7 * CHUNK)
+    hosts.source.ask("cutover", name)
+    disks.assert_equal(source.path, target.path)
+    ours = fetch(hosts.source, name, tmp_path / "ours.json")
+    assert fetch(hosts.target, name, tmp_path / "theirs.json").read_bytes() == ours.read_bytes()
+    assert verify(ours).code == 0
+    hosts.source.ask("rollback", name)
+
+
+def test_a_bad_chunk_of_the_target_waits_for_the_cutover(
+    pair: Pair,
+    loop_device: Callable[..., LoopDevice],
+    scratched_device: Callable[..., ScratchedDevice],
+) -> None:
+    source, target = loop_device(SMALL), scratched_device(SMALL)
+    content.fill(source.path, 1)
+    bad = 9 * CHUNK
+    target.scratch((bad + 4096, 1))
+    name = converged(pair, "full", source, target)
+    # All others are read back in the background.
+    eventually(lambda: pair.target.show(name), lambda now: now["unproved_bytes"] == CHUNK)
+    cutover = pair.source.start("cutover", name)
+    shown = pair.source.wait(name, "PAUSED")
+    assert shown["last_refusal"]["reason"] == "TARGET_IO_ERROR"
+    cutover.communicate(timeout=agents.SECONDS)
+    assert cutover.returncode == 1
+    assert not disks.is_fenced(source.path)
+    pair.source.refuse("certificate", "show", name, reason="NO_CERTIFICATE")
+    target.scratch()
+    pair.source.ask("resume", name)
+    pair.source.wait(name, "CONVERGED")
+    pair.source.ask("cutover", name)
+    disks.assert_equal(source.path, target.path)
+    pair.source.ask("rollback", name)

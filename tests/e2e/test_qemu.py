@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,14 +29,14 @@ WRITER = ("--rw=randwrite", "--bs=4096", "--rate=2m", "--time_based", "--runtime
 class Site:
     """One VM's disk, an empty target, and an agent at each end."""
 
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
+    def __init__(self, directory: Path, stack: ExitStack, qemu: Qemu | None = None) -> None:
         self.directory = directory
         self.stack = stack
-        self.qemu = stack.enter_context(qemus.disk(directory / "vm", SIZE))
+        self.qemu = qemu or stack.enter_context(qemus.disk(directory / "vm", SIZE))
         self.target = directory / "target-disk"
         self.target.touch()
         self.target.write_bytes(bytes(SIZE))
-        self.settings = {
+        self.settings: dict[str, dict[str, Any]] = {
             "qemu": {
                 "sockets": [self.qemu.socket],
                 "nbd_sockets": [self.qemu.nbd_socket],
@@ -51,7 +53,12 @@ class Site:
                 self.directory,
                 self.directory / "pins" / name,
                 listen=listen,
-                allowed=(f"{self.directory}/*", f"{self.directory}/vm/*", f"{self.qemu.socket}/*"),
+                allowed=(
+                    f"{self.directory}/*",
+                    f"{self.directory}/vm/*",
+                    f"{self.qemu.socket}/*",
+                    "/dev/loop*",
+                ),
                 settings=self.settings,
             )
         )
@@ -65,12 +72,12 @@ class Site:
 
     def move(self, *words: str, source: str | Path | None = None) -> str:
         pair = Pair(self.source, self.peer)
-        volumes = [(source or self.qemu.image, self.target)]
+        volumes = [(source or self.qemu.source, self.target)]
         return pair.start(*EASY, *words, volumes=volumes)
 
     def refuse(self, reason: str, source: str | Path | None = None, code: int = 1) -> None:
         pair = Pair(self.source, self.peer)
-        words = pair.migrate(*EASY, volumes=[(source or self.qemu.image, self.target)])
+        words = pair.migrate(*EASY, volumes=[(source or self.qemu.source, self.target)])
         self.source.refuse(*words, reason=reason, code=code)
 
     def cut_over(self, name: str) -> Shown:
@@ -130,6 +137,31 @@ def test_a_qcow2_is_moved_while_its_guest_writes(
     assert verified["mismatched_bytes"] == 0
     site.source.ask("finish", name)
     site.assert_nothing_of_ours()
+
+
+def test_a_smaller_target_of_a_qcow2(site: Site, served: str) -> None:
+    """What is behind the file system that the guest has is not copied, nor are marks there."""
+    require("ext4")
+    size = 24 * MIB
+    with devices.image_file(size) as image:
+        devices.run("mkfs.ext4", "-q", "-F", image)
+        data = image.read_bytes()
+    os.truncate(site.target, size)
+    with content.Disk(served, writable=True) as disk:
+        for at in range(0, size, MIB):
+            disk.write(at, data[at : at + MIB])
+    name = site.move("--resize")
+    site.source.wait(name, "CONVERGED")
+    with content.Disk(served, writable=True) as disk:
+        disk.write(size - 8192, bytes([7]) * 16384)  # the last blocks, and what lies behind
+    site.source.wait(name, until=lambda now: now["rounds"] > 1)
+    site.qemu.quit()
+    shown = site.cut_over(name)
+    assert (shown["volumes"][0]["size_bytes"], shown["volumes"][0]["cut_bytes"]) == (size, 8 * MIB)
+    whole = site.directory / "whole"
+    qemus.convert(site.qemu, whole)
+    assert content.read_all(whole)[:size] == content.read_all(site.target)
+    devices.run("e2fsck", "-f", "-n", site.target)
 
 
 @pytest.mark.parametrize("carrier", ["tcp", "grpc"])
@@ -272,6 +304,25 @@ def test_an_agent_that_was_away_when_qemu_ended(site: Site, machine: Qemu) -> No
     assert bitmaps_in(machine) == []
 
 
+def test_a_vm_is_started_again_before_a_comparison(site: Site, machine: Qemu) -> None:
+    name = site.move()
+    site.source.wait(name, "CONVERGED")
+    site.peer.ends_well = False
+    site.peer.stop(signal.SIGKILL)
+    machine.quit()
+    machine.start_machine()  # knows nothing of the export that was read
+    machine.write(0x7E, 17 * MIB, 2 * MIB)
+    shutil.rmtree(site.directory / "target")
+    site.peer = site.agent("target", site.peer.address)
+    shown = site.source.wait(name, "CONVERGED", until=lambda now: now["reconciled_bytes"] > 0)
+    assert shown["error"] is None
+    machine.ask("stop")
+    site.cut_over(name)
+    qemus.assert_same(machine, site.target)
+    site.source.ask("finish", name)
+    site.assert_nothing_of_ours()
+
+
 def test_two_disks_of_a_vm_are_cut_over_together(site: Site) -> None:
     require("qemu-system")
     second = site.directory / "vm" / "second.raw"
@@ -305,6 +356,33 @@ def test_a_disk_is_named_by_its_socket_and_node(site: Site, machine: Qemu) -> No
     qemus.assert_same(machine, site.target)
     site.source.ask("finish", name)
     site.assert_nothing_of_ours()
+
+
+def test_auto_is_qemu_for_a_disk_named_so(site: Site, machine: Qemu) -> None:
+    machine.ask("stop")
+    name = site.move("--tracker", "auto", source=f"{machine.socket}/disk")
+    shown = site.source.wait(name, "CONVERGED")
+    assert shown["tracker"] == "qemu"
+    assert f"the QEMU at {machine.socket}" in shown["tracker_reason"]
+    site.kill_source()
+    site.start_source()
+    shown = site.source.wait(name, "CONVERGED")
+    assert (shown["tracker"], shown["suspect_volumes"]) == ("qemu", 0)
+    site.cut_over(name)
+    qemus.assert_same(machine, site.target)
+    site.source.ask("finish", name)
+    site.assert_nothing_of_ours()
+
+
+def test_auto_moves_an_image_as_the_file_it_is_and_says_so(site: Site) -> None:
+    site.target.write_bytes(bytes(2 * SIZE))
+    name = site.move("--tracker", "auto")
+    shown = site.source.wait(name, "CONVERGED")
+    assert shown["tracker"] == "scan"
+    assert f"{site.qemu.image} is moved as the qcow2 image that it is" in shown["tracker_reason"]
+    site.cut_over(name)
+    image = site.qemu.image.read_bytes()
+    assert site.target.read_bytes()[: len(image)] == image
 
 
 def test_a_cancelled_migration_leaves_the_guest_alone(site: Site, machine: Qemu) -> None:

@@ -178,12 +178,17 @@ def hosts(tmp_path: Path, programs: Path, resources: ExitStack) -> Iterator[Host
         yield Hosts(tmp_path, pins, stack)
 
 
-def test_a_file_system_that_this_host_does_not_grow(
+def test_a_file_system_that_this_host_does_not_grow_any_more(
     hosts: Hosts, move: Callable[..., tuple[Disk, Disk]]
 ) -> None:
     source, target = move()
-    pair = Pair(hosts.source, hosts.start("target", settings={"resize": {"file_systems": []}}))
-    [resize] = cut_over(pair, (source, target))["resizes"]
+    before = hosts.start("target")
+    name = converge(Pair(hosts.source, before), (source, target))
+    before.stop()
+    settings: dict[str, Any] = {"resize": {"file_systems": []}}
+    pair = Pair(hosts.source, hosts.start("target", listen=before.address, settings=settings))
+    agents.eventually(pair.target.log.read_text, lambda text: "session resumed" in text)
+    [resize] = pair.source.ask("cutover", name)["resizes"]
     assert resize["error"]["reason"] == "GROW_NOT_ALLOWED"
     disks.assert_equal(source.path, target.path)
     pair.tidy()

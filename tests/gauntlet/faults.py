@@ -18,6 +18,8 @@ from tests.gauntlet.schedule import Fault
 _JUMPS = (-3600, -10, 10, 3600, 86_400)
 """How far wall clocks go, in seconds."""
 
+_LAST_WORDS_SECONDS = 0.1
+
 
 def strike(ground: Field, fault: Fault, name: str, struck: Counter[str]) -> None:
     """Let a fault happen, and pass; it is counted."""
@@ -85,6 +87,13 @@ def _strike_network(ground: Field, fault: Fault) -> None:
             hold(held=True)
             time.sleep(fault.seconds)
             hold(held=False)
+        case "outage":  # what is asked just before arrives, and is never answered
+            proxy.hold_answers(held=True)
+            time.sleep(_LAST_WORDS_SECONDS)
+            proxy.refuse(refusing=True)
+            proxy.hold_answers(held=False)
+            time.sleep(fault.seconds)
+            proxy.refuse(refusing=False)
         case "delay":
             proxy.delay(0.05)
             time.sleep(fault.seconds)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tests import guest
-from tests.e2e import agents, disks
+from tests.e2e import agents
 from tests.e2e.agents import ALLOWED, Agent, Answer, Shown
 from tests.e2e.disks import MIB
 from tests.e2e.test_transport import Authority
@@ -23,7 +24,21 @@ from tests.gauntlet.volumes import Volume, guest_disk, make_volume
 SECONDS = 60.0
 """How long anything may take before it counts as a hang; nothing is measured with it."""
 
-RETRIES = ("PEER_UNREACHABLE", "DEADLINE_EXCEEDED", "AGENT_STOPPED", "TLS_HANDSHAKE_FAILED")
+RETRIES = (
+    "PEER_UNREACHABLE",
+    "DEADLINE_EXCEEDED",
+    "AGENT_STOPPED",
+    "TLS_HANDSHAKE_FAILED",
+    "NOT_TAKEN_UP",
+)
+
+_ASK = """
+import sys
+from agent.cli import cli
+print("ready", flush=True)
+sys.stdin.readline()
+cli()
+"""
 
 GONE = "GONE"
 """The state of a migration that its agent has forgotten."""
@@ -40,10 +55,13 @@ class Field:
         self, plan: Schedule, directory: Path, pins: Path, stack: ExitStack, breach: str
     ) -> None:
         self.plan = plan
-        self._directory, self._pins, self._stack = directory, pins, stack
+        self.directory, self._pins, self._stack = directory, pins, stack
         authority = Authority(directory / "ca")
         self._flags = {name: authority.flags(name) for name in ("source", "target", "client")}
-        self.volumes: list[Volume] = [make_volume(stack, plan, i) for i in range(len(plan.volumes))]
+        self.volumes: list[Volume] = [
+            make_volume(stack, plan, i, directory) for i in range(len(plan.volumes))
+        ]
+        self.machines = [one.machine for one in self.volumes if one.machine is not None]
         self.hosts = {name: Host(directory, name, plan, breach) for name in ("source", "target")}
         self._agents = stack.enter_context(ExitStack())  # ends before its devices
         self.source = self._start("source", f"127.0.0.1:{_free_ports()}")
@@ -57,36 +75,59 @@ class Field:
     def _start(self, name: str, listen: str) -> Agent:
         running = agents.agent(
             name,
-            self._directory,
+            self.directory,
             self._pins / name,
             *(self._flags[name] if self.plan.tls else ()),
             listen=listen,
-            allowed=ALLOWED,
+            allowed=(*ALLOWED, f"{self.directory}/vm*/*"),
             command=self.hosts[name].command,
             client=self._flags["client"] if self.plan.tls else (),
-            settings={"transfer": {"checkpoint_bytes": MIB}},
+            settings={"transfer": {"checkpoint_bytes": MIB}, "qemu": self._qemu(name)},
         )
         return self._agents.enter_context(running)
 
+    def _qemu(self, name: str) -> dict[str, object]:
+        """Return what an agent is allowed: only the source's host has machines."""
+        sockets = [one.settings for one in self.machines] if name == "source" else []
+        return {
+            "sockets": [qmp for qmp, _ in sockets],
+            "nbd_sockets": [nbd for _, nbd in sockets],
+            "run_dir": str(self.directory / f"{name}-run"),
+        }
+
     def boot(self) -> None:
-        """Let the writers begin."""
+        """Let the writers begin; machines that are down are started."""
+        for machine in self.machines:
+            machine.start()
+        self.writers.clear()
         options = (*WRITERS[self.plan.writer], "--rate=4m,4m,4m", "--time_based", "--runtime=900")
         for volume in self.volumes:
-            path, start = guest_disk(volume, self.plan)
-            size = disks.size_of(volume.source) // 4096 * 4096
+            path, start, room = guest_disk(volume, self.plan)
+            size = room // 4096 * 4096
             if self.plan.writer == "verify":  # every block is to have its header
-                guest.finish(guest.fio(path, "--rw=write", *WRITERS["verify"][1:]))
+                whole = ("--rw=write", "--end_fsync=1", *WRITERS["verify"][1:])
+                guest.finish(guest.fio(path, *whole))
             limit = () if self.plan.writer == "verify" else (f"--size={size}", f"--offset={start}")
             writer = guest.boot(path, *options, *limit, f"--randseed={self.plan.seed}")
             self.writers.append(writer)
             self._stack.callback(guest.destroy, writer)
 
+    def crash(self) -> None:
+        """The guests end in the middle of what they do, and their machines without a word."""
+        for writer in self.writers:
+            guest.destroy(writer)
+        for machine in self.machines:
+            machine.kill()
+
     def power_off(self) -> None:
-        """End the writers."""
+        """End the writers, and the machines if these are to end with their guests."""
         for writer in self.writers:
             # A cutover under a running guest may fence it for a moment: it has errors then.
             with suppress(AssertionError) if "cutover early" in self.plan.kinds else ExitStack():
                 guest.power_off(writer)
+        for machine in self.machines:
+            if self.plan.qemu_exits:
+                machine.exit()
 
     def agent(self, name: str) -> Agent:
         """Return the source's or the target's agent."""
@@ -94,7 +135,7 @@ class Field:
 
     def state_dir(self, name: str) -> Path:
         """Return where an agent keeps what it knows."""
-        return self._directory / name
+        return self.directory / name
 
     def end(self, name: str, number: signal.Signals) -> None:
         """End an agent."""
@@ -130,18 +171,47 @@ class Field:
                 raise BreachError(f"{agent.name} does not answer {words}: {answer}")
             time.sleep(0.05)
 
+    def prepare(self, *words: str) -> subprocess.Popen[str]:
+        """Start a command for the source in a process of its own; a line lets it ask, at once."""
+        agent = self.source
+        asking = subprocess.Popen(
+            [sys.executable, "-c", _ASK, *words, "--agent", agent.address, *agent.flags, "--json"],
+            cwd=agents.ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert asking.stdout is not None
+        if asking.stdout.readline() != "ready\n":
+            raise RuntimeError(f"{words}: {asking.communicate()}")
+        return asking
+
     def wait(self, name: str, *states: str) -> Shown:
         """Wait for a state; what a person is asked to do meanwhile is done."""
         deadline = time.monotonic() + SECONDS
         while True:
             shown = self.shown(name)
-            if shown["state"] in (*states, GONE):
+            if shown["state"] in (*states, GONE) or self.is_undecided(shown):
                 return shown
             if shown["state"] == "PAUSED":
                 self.source.run("resume", name)
             if time.monotonic() > deadline:
                 raise BreachError(f"hangs: not {states} within {SECONDS:.0f} s: {shown}")
             time.sleep(0.05)
+
+    def is_undecided(self, shown: Shown) -> bool:
+        """Whether a person has to decide who owns: the target has lost its state in the release."""
+        reason = (shown["error"] or {}).get("reason")
+        return (
+            "target forgets" in self.plan.kinds
+            and (shown["state"], reason) == ("CUTTING_OVER", "OWNER_UNKNOWN")
+            and self.there(shown["id"]) == GONE
+        )
+
+    def there(self, name: str) -> str:
+        """Return the migration's state at the target."""
+        return str(self.ask(self.target, "show", name).shown.get("state", GONE))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class FragileDisk:
         self, directory: Path, size_bytes: int, sector_size: int, *, volatile: bool
     ) -> None:
         self._directory, self._sector_size = directory, sector_size
-        self._volatile = volatile
+        self._size_bytes, self._volatile = size_bytes, volatile
         self._raw = directory / "raw"
         with self._raw.open("wb") as raw:
             raw.truncate(size_bytes)
@@ -67,6 +67,15 @@ class FragileDisk:
     def lose(self) -> None:
         """Lose what was not flushed; whoever has the device open has a dead one."""
         self._end()
+        self._losses += 1
+        self._start()
+
+    def replace(self, content: bytes) -> None:
+        """Another disk of the same size comes under the same name, full of `content`."""
+        self._end()
+        with self._raw.open("r+b") as raw:
+            for offset in range(0, self._size_bytes, len(content)):
+                raw.write(content[: self._size_bytes - offset])
         self._losses += 1
         self._start()
 

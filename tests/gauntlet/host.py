@@ -24,7 +24,8 @@ class Host:
         self.set_clock(0)
         clock = (f"WARMSYNC_TEST_CLOCK={self._ahead}",) if f"clock {name}" in plan.kinds else ()
         boot = f"WARMSYNC_TEST_BOOT_ID={self._boot}"
-        self.command = ("env", f"LD_PRELOAD={_library()}", boot, *clock, *_break(breach))
+        changed = _change(breach, plan.release_seconds)
+        self.command = ("env", f"LD_PRELOAD={_library()}", boot, *clock, *changed)
 
     def reboot(self) -> None:
         """Have another boot id, which the next agent will see."""
@@ -35,13 +36,16 @@ class Host:
         self._ahead.write_text(str(ahead_seconds))
 
 
-def _break(breach: str) -> tuple[str, ...]:
-    """Return the environment in which an agent breaks a rule."""
-    if not breach:
-        return ()
+def _change(breach: str, release_seconds: float | None) -> tuple[str, ...]:
+    """Return the environment in which an agent breaks a rule, or has another limit."""
+    changed = []
+    if breach:
+        changed.append(f"WARMSYNC_TEST_BREACH={breach}")
+    if release_seconds is not None:
+        changed.append(f"WARMSYNC_TEST_RELEASE_SECONDS={release_seconds}")
     here = Path(__file__).parent
     places = f"{here / 'breaches' / 'preload'}:{here.parents[1]}"
-    return f"PYTHONPATH={places}", f"WARMSYNC_TEST_BREACH={breach}"
+    return (f"PYTHONPATH={places}", *changed) if changed else ()
 
 
 @cache

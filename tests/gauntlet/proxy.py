@@ -24,6 +24,7 @@ class Proxy:
         self._forth, self._back = threading.Event(), threading.Event()
         self._forth.set()
         self._back.set()
+        self._refusing = False
         self._garbled = 0
         self._delay_seconds = 0.0
         self._threads: set[threading.Thread] = set()
@@ -51,6 +52,12 @@ class Proxy:
         """Let nothing back to the source: what is asked arrives, what is answered does not."""
         (self._back.clear if held else self._back.set)()
 
+    def refuse(self, *, refusing: bool) -> None:
+        """Cut all connections, and those to come; or let them be again."""
+        self._refusing = refusing
+        if refusing:
+            self.cut()
+
     def garble(self, times: int) -> None:
         """Spoil a byte in so many of the chunks to come."""
         self._garbled = times
@@ -61,7 +68,7 @@ class Proxy:
 
     def heal(self) -> None:
         """Be a good network again."""
-        self._garbled, self._delay_seconds = 0, 0.0
+        self._garbled, self._delay_seconds, self._refusing = 0, 0.0, False
         self.hold(held=False)
         self.hold_requests(held=False)
         self.hold_answers(held=False)
@@ -94,6 +101,9 @@ class Proxy:
             except OSError:
                 return
             self._open.wait()
+            if self._refusing:
+                ours.close()
+                continue
             try:
                 theirs = socket.create_connection((self._forward, port), 5)
                 theirs.settimeout(None)
@@ -106,6 +116,8 @@ class Proxy:
         pair = (ours, theirs)
         with self._lock:
             self._pairs.add(pair)
+        if self._refusing:  # since it was accepted
+            self.cut()
         with ours, theirs:
             back = threading.Thread(
                 target=self._pump, args=(pair, theirs, ours, self._await_back), daemon=True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 BROKEN = "BROKEN"
@@ -16,7 +16,7 @@ BROKEN = "BROKEN"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One schedule that was played."""
+    """One schedule that was played; `told` are the reasons of cutovers and endings refused."""
 
     seed: int
     how: str
@@ -24,6 +24,7 @@ class Record:
     struck: dict[str, int]
     plan: str
     error: str = ""
+    told: dict[str, int] = field(default_factory=dict)
 
 
 def append(log: Path, record: Record) -> None:
@@ -40,13 +41,16 @@ def read(*logs: Path) -> list[Record]:
 def table(records: list[Record]) -> str:
     """Return how many ended how, what struck how often, and the seeds that repeat a breach."""
     ended = Counter(one.how for one in records)
-    struck = Counter[str]()
+    struck, told = Counter[str](), Counter[str]()
     for one in records:
         struck.update(one.struck)
+        told.update(one.told)
     lines = [f"{len(records)} schedules, {sum(one.seconds for one in records) / 60:.0f} min"]
     lines += [f"  {count:6} {how}" for how, count in ended.most_common()]
     lines.append(f"{sum(struck.values())} faults")
     lines += [f"  {count:6} {kind}" for kind, count in sorted(struck.items())]
+    lines.append(f"{sum(told.values())} refusals")
+    lines += [f"  {count:6} {reason}" for reason, count in sorted(told.items())]
     broken = [one for one in records if one.how == BROKEN]
     lines += [f"broken: --count 1 --seed {one.seed}: {one.error[:200]}" for one in broken]
     return "\n".join(lines)

@@ -6,7 +6,6 @@ costs several times as much there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
@@ -14,15 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
 
 if TYPE_CHECKING:
     from tests.native.tracking import Tracked
-
-# No deadline: a test must not fail because the machine is busy.
-settings.register_profile("full", deadline=None)
-settings.register_profile("quick", deadline=None, max_examples=15)
-settings.load_profile(os.environ.get("WARMSYNC_HYPOTHESIS", "full"))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import resource
 import threading
 from array import array
 from collections.abc import Callable
@@ -181,6 +182,35 @@ class TestTransfers:
                 write(device, 0, bytes(8192))
             assert read(device, 0, 5000) == b"x" * 5000
         assert path.stat().st_size == 5000
+
+    def test_a_short_read_is_a_failure(self) -> None:
+        path = "/sys/kernel/uevent_seqnum"  # says that it has a page, and has a line
+        with BlockDevice(path) as device, pytest.raises(OSError, match="failed at") as caught:
+            read(device, 0, 4096)
+        assert caught.value.errno == errno.EIO
+
+    def test_a_short_write_is_a_failure(self, image_file: Callable[..., Path]) -> None:
+        path = image_file(MIB, b"x" * MIB)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with BlockDevice(str(path), writable=True) as device:
+            # The kernel writes up to the limit, and says how much that was (setrlimit(2)).
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+            try:
+                with pytest.raises(OSError, match="failed at 4096") as caught:
+                    write(device, 0, b"y" * 8192)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert caught.value.errno == errno.EFBIG
+
+    def test_a_stale_page_cache_is_not_read(self, loop_device: Callable[..., LoopDevice]) -> None:
+        loop = loop_device(MIB)
+        with Path(loop.path).open("rb", buffering=0) as buffered, BlockDevice(loop.path) as device:
+            assert buffered.read(4096) == bytes(4096)
+            with loop.backing.open("r+b") as behind:
+                behind.write(b"new" * 1000)
+            buffered.seek(0)
+            assert buffered.read(3000) == bytes(3000)  # stale, as its cache is
+            assert read(device, 0, 4096)[:3000] == b"new" * 1000
 
     def test_without_direct_io(self, bare_directory: Path) -> None:
         path = bare_directory / "file"

@@ -589,6 +589,22 @@ def test_a_wrong_secret_spends_the_token(tls: bool) -> None:
 
 
 @TLS
+def test_a_revoked_token_is_nobodys(tls: bool) -> None:
+    tokens = Tokens()
+    first, second, third = (tokens.issue(SECONDS) for _ in range(3))
+    tokens.revoke(second[:TOKEN_ID_BYTES])
+    tokens.revoke(second[:TOKEN_ID_BYTES])
+    assert len(tokens) == 2
+    said = refused(acceptor(tokens, tls=tls), opener(second, tls=tls))
+    assert said == "it has no valid token"
+    for token in (first, third):
+        for one in greeted(tokens, token, tls=tls):
+            one.close()
+    with pytest.raises(ValueError, match="a name of 3 bytes"):
+        tokens.revoke(b"abc")
+
+
+@TLS
 def test_a_token_serves_once(tls: bool) -> None:
     tokens = Tokens()
     token = tokens.issue(SECONDS)

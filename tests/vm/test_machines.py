@@ -224,9 +224,10 @@ def test_a_machine_with_a_qcow2_disk_moves(
     tmp_path: Path, machines: Callable[..., Machine]
 ) -> None:
     """Its QEMU ends with the power-down: what it had marked is read from the image then."""
-    settings = {"qemu": {"sockets": [f"{tmp_path}/*/qmp"], "run_dir": str(tmp_path / "run")}}
     machine = machines(plan=Plan(image="qcow2", cache="writeback"))
-    with bpffs() as pins, ExitStack() as stack:
+    with bpffs() as pins, devices.scratch_directory() as short, ExitStack() as stack:
+        run_dir = str(short / "run")  # for sockets, whose paths are short
+        settings = {"qemu": {"sockets": [f"{tmp_path}/*/qmp"], "run_dir": run_dir}}
         hosts = Hosts(tmp_path, pins, stack, settings, (f"{tmp_path}/*",))
         guest = machine.boot(machine.source)
         name = hosts.pair.start(

@@ -36,6 +36,7 @@ CARRIERS = ("grpc", "tcp", "tcp-tls")
 """Every carrier joins here and in `Rig.open_carrier`."""
 
 BLOCK = 4096
+SECRET = "the secret of a test"
 SIZE = 4 << 20
 
 
@@ -58,8 +59,7 @@ class Rig:
     async def vanish(self) -> None:
         """Let the target be gone, without a word, as when its process dies."""
         await self.server.stop(0)
-        if self.session._inlet is not None:
-            self.session._inlet.stop()
+        self.session._intake.stop()
 
     async def open_carrier(
         self, token: str | None = None, *, source: Path | None = None, compress: bool = False
@@ -91,11 +91,12 @@ async def rig(kind: str, directory: Path, targets: list[Path]) -> AsyncIterator[
     tls = certificates(directory) if kind == "tcp-tls" else TlsConfig()
     server = await start_server("127.0.0.1:0", [service], tls)
     address = f"localhost:{server.address.port}"
-    peer = PeerClient(open_channel(address, tls), address, tls=tls.is_on)
+    peer = PeerClient(lambda: open_channel(address, tls), address, tls=tls.is_on)
     registry.data_port = DataPort(tls=tls.is_on)
     registry.data_port.listen("127.0.0.1", 0)
     try:
-        token = session_token(await peer.open_session(request(targets)), 1)
+        await peer.open_session(request(targets))
+        token = session_token(SECRET, 1)
         made = Rig(kind, registry, server, peer, token, targets)
         try:
             yield made
@@ -133,6 +134,7 @@ def request(targets: list[Path], **changes: object) -> SessionRequest:
         "boot_id": "another host",
         "volumes": tuple(Volume(f"/src/{i}", str(t), SIZE, BLOCK) for i, t in enumerate(targets)),
         "source_identities": tuple(() for _ in targets),
+        "secret": SECRET,
     }
     return SessionRequest(**{**values, **changes})  # type: ignore[arg-type]
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from agent.carrier import Carrier
+from agent.carrier import grpc as grpc_module
+from agent.carrier import tcp as tcp_module
 from agent.carrier.grpc import WINDOW_FRAMES
 from agent.errors import DataLoss, FailedPrecondition, NotFound, Unavailable, WarmsyncError
 from agent.state import State
@@ -375,6 +377,57 @@ def test_a_flush_error_is_told(make_rig: MakeRig, source: Path) -> None:
 
     with devices.faulty_device(SIZE) as faulty:
         trial(make_rig, steps, Path(faulty.path))
+
+
+def test_a_target_whose_disk_hangs_is_lost(
+    make_rig: MakeRig, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent lives, and answers the carrier's pings."""
+    limit_to(monkeypatch, ack_seconds=1)
+    gate = threading.Event()
+    monkeypatch.setattr(Writer, "flush", lambda self: asyncio.to_thread(gate.wait, 20))
+
+    async def steps(rig: Rig) -> None:
+        carrier = await rig.open_carrier()
+        error = await failure_of(carrier, frame_of(source, 0, STEP))
+        gate.set()
+        assert (type(error), error.reason) == (Unavailable, "PEER_LOST")
+        assert "not durable there within 1 s" in str(error)
+        with pytest.raises(Unavailable):
+            carrier.check()
+        await carrier.close()
+
+    trial(make_rig, steps)
+
+
+def limit_to(monkeypatch: pytest.MonkeyPatch, *, ack_seconds: int = 20, patience: int = 20) -> None:
+    for module in (grpc_module, tcp_module):
+        monkeypatch.setattr(module, "ACK_SECONDS", ack_seconds)
+        monkeypatch.setattr(module, "PATIENCE_SECONDS", patience)
+
+
+def test_a_target_that_takes_nothing_is_lost(
+    make_grpc_rig: MakeRig, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than the window and what the connection takes; `tcp`: tests/native/test_stream.py."""
+    limit_to(monkeypatch, patience=1)
+    gate = asyncio.Event()
+
+    async def stalled(self: TargetSession, frame: Any, stream: int) -> int:
+        await gate.wait()
+        return 1
+
+    monkeypatch.setattr(TargetSession, "write", stalled)
+
+    async def steps(rig: Rig) -> None:
+        carrier = await rig.open_carrier()
+        error = await failure_of(carrier, *frames_of(source, STEP))
+        gate.set()
+        assert (type(error), error.reason) == (Unavailable, "PEER_LOST")
+        assert "took nothing for 1 s" in str(error)
+        await carrier.close()
+
+    trial(make_grpc_rig, steps)
 
 
 def test_a_peer_that_vanishes(make_rig: MakeRig, source: Path) -> None:

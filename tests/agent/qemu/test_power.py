@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from agent.cli import cli
-from agent.errors import FailedPrecondition, NotFound
+from agent.errors import FailedPrecondition, NotFound, Unavailable
+from agent.qemu import power
 from agent.qemu.power import find_vms, power_down
 from tests import devices
 from tests.qemus import Qemu
@@ -38,6 +42,26 @@ def test_it_is_found_by_its_disk(deaf: Qemu, tmp_path: Path) -> None:
     assert (caught.value.reason, caught.value.values["path"]) == ("VM_NOT_FOUND", "/dev/null")
 
 
+def test_a_disk_without_a_path_is_found_by_its_node(deaf: Qemu) -> None:
+    assert find_vms([f"{deaf.socket}/disk", str(deaf.image)], [deaf.socket]) == [deaf.socket]
+    with pytest.raises(NotFound):
+        find_vms([f"{deaf.socket}/other"], [deaf.socket])
+
+
+def test_a_socket_that_is_no_qmp(
+    deaf: Qemu, tmp_path: Path, resources: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(power, "PATIENCE_SECONDS", 0.5)
+    mute = str(tmp_path / "mute")
+    listening = resources.enter_context(socket.socket(socket.AF_UNIX))
+    listening.bind(mute)
+    listening.listen()
+    assert find_vms([str(deaf.image)], [mute, deaf.socket]) == [deaf.socket]
+    with pytest.raises(Unavailable) as caught:
+        find_vms(["/dev/null"], [mute, deaf.socket])
+    assert caught.value.reason == "QMP_UNREACHABLE"
+
+
 def test_a_guest_that_refuses(deaf: Qemu) -> None:
     with pytest.raises(FailedPrecondition) as caught:
         power_down(deaf.socket, 1.0, kill=False)
@@ -47,6 +71,19 @@ def test_a_guest_that_refuses(deaf: Qemu) -> None:
     ended = power_down(deaf.socket, 1.0, kill=True)
     assert (ended.forced, ended.process_ended) == (True, True)
     assert deaf.process.wait(20) == 0  # it was asked to quit
+
+
+def test_a_qemu_that_even_a_kill_does_not_end(deaf: Qemu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel holds it, as it waits for storage."""
+    monkeypatch.setattr(signal, "pidfd_send_signal", lambda process, number: None)
+    monkeypatch.setattr(power, "_QUIT_SECONDS", 0.2)
+    assert deaf.process is not None
+    deaf.process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(power, "converse", lambda address, work, patience: None)
+    monkeypatch.setattr(power, "_is_off", lambda address: False)
+    with pytest.raises(FailedPrecondition, match="SIGKILL") as caught:
+        power_down(deaf.socket, 0.1, kill=True)
+    assert caught.value.reason == "GUEST_STILL_ON"
 
 
 def test_a_guest_that_is_off_already(deaf: Qemu) -> None:

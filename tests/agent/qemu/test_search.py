@@ -14,6 +14,7 @@ from agent.errors import WarmsyncError
 from agent.qemu.access import Access
 from agent.qemu.device import open_qemu
 from agent.qemu.node import Node, find_node
+from tests import devices
 from tests.qemus import Qemu
 
 Make = Callable[..., Qemu]
@@ -79,6 +80,23 @@ def test_two_vms_with_one_image_are_too_many(make_disk: Make) -> None:
     assert reason(one.image, access(two, one)) == "QEMU_DISK_AMBIGUOUS"
 
 
+def test_options_do_not_hide_a_disk(make_disk: Make) -> None:
+    """What it shows is moved, not the file under it; nobody else can show that."""
+    devices.require("qemu-system")
+    qemu = make_disk("part", "raw")
+    qemu.options = {"offset": 1 << 20, "size": 4 << 20}
+    qemu.start_machine("-S")
+    found = find_node(str(qemu.image), access(qemu))
+    assert (found.name, found.size_bytes, found.path) == ("disk", 4 << 20, str(qemu.image))
+    device = open_qemu(str(qemu.image), (str(qemu.image),), qemu.seat())
+    device.refresh()
+    qemu.quit()
+    with pytest.raises(WarmsyncError) as caught:
+        device.refresh()
+    assert caught.value.reason == "QEMU_GONE"
+    device.close()
+
+
 def test_an_image_under_a_snapshot_is_refused(machine: Qemu) -> None:
     machine.ask(
         "blockdev-snapshot-sync",
@@ -130,4 +148,5 @@ def test_another_nbd_server_is_used_only_if_its_socket_is_named(machine: Qemu) -
 def test_a_node_without_a_file_has_no_path(machine: Qemu) -> None:
     machine.ask("blockdev-add", driver="null-co", node_name="net", size=1 << 20)
     found = find_node(f"{machine.socket}/net", access(machine))
-    assert found == Node(machine.socket, "net", "null-co", "", 1 << 20, read_only=False)
+    without = Node(machine.socket, "net", "null-co", "", 1 << 20, read_only=False, is_plain=False)
+    assert found == without

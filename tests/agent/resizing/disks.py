@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent import resize
+from agent.layout.superblock import Kind
 from agent.resize import GrowReport, Limits
-from agent.superblock import Kind
 from native.blockio import BlockDevice
 from tests import filesystems
 from tests.devices import run

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from agent import resize
-from agent.partitions import Scheme
+from agent.layout.partitions import Scheme
+from agent.layout.reach import find_reach
 from native.blockio import BlockDevice
 from tests import devices, filesystems
 from tests.agent.resizing.disks import KINDS, Disk, grow
@@ -108,20 +109,30 @@ def test_to_grow_again_changes_nothing(make_disk: Make, place: Path) -> None:
     assert read_all(disk.path) == before
 
 
+@pytest.mark.parametrize("grown_mib", [0, 3, 6, 9], ids="grown-by-{}".format)
 @pytest.mark.parametrize("sector_size", [512, 4096])
 def test_a_table_moves_to_a_smaller_disk(
-    make_disk: Make, place: Path, loop_device: Callable[..., LoopDevice], sector_size: int
+    make_disk: Make,
+    place: Path,
+    loop_device: Callable[..., LoopDevice],
+    sector_size: int,
+    grown_mib: int,
 ) -> None:
+    """Which may have grown since the migration began: almost, just and more than to its source."""
     disk = make_disk("ext4", "gpt", sector_size, growth=8 * MIB)
     size, smaller = disk.data_bytes + 8 * MIB, disk.data_bytes + 2 * MIB
     run("sfdisk", "--no-reread", "--no-tell-kernel", "--relocate", "gpt-bak-std", disk.path)
-    target = loop_device(smaller, sector_size)
+    grown = smaller + grown_mib * MIB
+    target = loop_device(grown, sector_size)
     run("dd", f"if={disk.path}", f"of={target.path}", f"count={smaller}", "iflag=count_bytes")
     with BlockDevice(target.path, writable=True, exclusive=True) as device:
-        assert resize.move_table(device, size, place)
-        least = resize.look(device, smaller).least_bytes
-        assert least is not None
-        assert least < smaller
+        assert resize.move_table(device, smaller, size, place)
+        moved = read_all(target.path)
+        assert resize.move_table(device, smaller, size, place)
+        assert read_all(target.path) == moved
+        reach = find_reach(resize.reads(device), grown, sector_size, settled=True)
+        assert reach.end_bytes is not None
+        assert reach.end_bytes <= grown
     assert "No errors" in run("sfdisk", "--verify", "--no-tell-kernel", target.path)
     copied = slice(MIB, disk.data_bytes)
     assert read_all(target.path)[copied] == read_all(disk.path)[copied]

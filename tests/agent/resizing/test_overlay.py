@@ -25,7 +25,7 @@ STEPS = st.lists(
 
 
 @given(STEPS, st.integers(0, SIZE))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_reads_as_if_it_were_written(steps: list[tuple[str, int, int]], kept: int) -> None:
     before = os.urandom(SIZE)
     with devices.image_file(SIZE, before) as path, BlockDevice(str(path), writable=True) as device:

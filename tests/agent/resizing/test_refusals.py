@@ -6,12 +6,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from agent import resize
 from agent.errors import DataLoss, FailedPrecondition
+from agent.layout.partitions import Patch, Table
 from agent.resize import Limits, tool
 from native.blockio import BlockDevice
 from tests import devices, filesystems
@@ -277,5 +279,25 @@ def test_a_smaller_disk_than_its_table(
         BlockDevice(target.path, writable=True, exclusive=True) as device,
         pytest.raises(FailedPrecondition) as caught,
     ):
-        resize.move_table(device, disk.data_bytes, place)
-    assert caught.value.reason == "TARGET_TOO_SMALL"
+        resize.move_table(device, target.size_bytes, disk.data_bytes, place)
+    assert caught.value.reason == "TABLE_NOT_MOVED"
+
+
+def test_a_moved_table_is_read_before_it_is_believed(
+    make_disk: Make, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patches = Table.patches
+
+    def wrong(table: Table, disk_bytes: int) -> list[Patch]:
+        first = replace(table.partitions[0], end_bytes=table.partitions[0].end_bytes - MIB)
+        return patches(replace(table, partitions=(first, *table.partitions[1:])), disk_bytes)
+
+    monkeypatch.setattr(Table, "patches", wrong)
+    disk = make_disk("ext4", "gpt", growth=0)
+    with (
+        untouched(disk.path),
+        BlockDevice(disk.path, writable=True, exclusive=True) as device,
+        pytest.raises(FailedPrecondition, match="another table") as caught,
+    ):
+        resize.move_table(device, disk.data_bytes, disk.data_bytes, place)
+    assert caught.value.reason == "TABLE_NOT_MOVED"

@@ -31,6 +31,9 @@ FILE_BYTES = (4 << 20) + 5000
 """Ends neither on a chunk nor on a block."""
 DEVICE_BYTES = (4 << 20) + 12288
 """Ends on a block, within a chunk."""
+CUT_BYTES = 3 * CHUNK_BYTES + 4096
+SHORTER = ("scan-shorter", "ebpf-shorter", "qemu-shorter")
+"""Volumes that end `CUT_BYTES` before their devices do."""
 KINDS = (
     "memory",
     "scan-file",
@@ -41,6 +44,7 @@ KINDS = (
     "ebpf-zram",
     "qemu-qcow2",
     "qemu-raw",
+    *SHORTER,
 )
 _BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F
 
@@ -55,10 +59,11 @@ class Subject:
     device: BlockDevice
     tracker: Tracker
     mark: Callable[[int, int], None] = field(default=lambda offset, length: None)
+    cut_bytes: int = 0
 
     @property
     def size(self) -> int:
-        return self.device.size_bytes()
+        return self.device.size_bytes() - self.cut_bytes
 
     def take(self) -> tuple[DirtyBitmap, Take]:
         """Flush what is buffered, as the agent does, then take."""
@@ -86,6 +91,7 @@ class Subject:
                     generation=1,
                     sequence=number,
                     digests=self.tracker.digests,
+                    size_bytes=self.size,
                 )
                 if target:
                     size = self.size
@@ -146,36 +152,41 @@ def build(kind: str, stack: ExitStack, pins: Callable[[], Path]) -> Subject:
     if scheme == "memory":
         memory = MemoryTracker(device.size_bytes(), BLOCK)
         return _started(Subject(path, sector_size, BLOCK, device, memory, memory.mark), stack)
+    cut = CUT_BYTES if where == "shorter" else 0
+    size = device.size_bytes() - cut
     if scheme == "scan":
-        subject = Subject(path, sector_size, CHUNK_BYTES, device, ScanTracker(device))
+        scan = ScanTracker(device, size_bytes=size)
+        subject = Subject(path, sector_size, CHUNK_BYTES, device, scan, cut_bytes=cut)
         return _started(subject, stack)
     pytest.importorskip("native.ebpf", reason="built without clang and libbpf")
     from agent.tracker.ebpf import EbpfTracker
 
-    tracker = EbpfTracker(device, BLOCK, pins() / "volume")
-    return _started(Subject(path, sector_size, BLOCK, device, tracker), stack)
+    tracker = EbpfTracker(device, BLOCK, pins() / "volume", size)
+    subject = Subject(path, sector_size, BLOCK, device, tracker, cut_bytes=cut)
+    return _started(subject, stack)
 
 
-def _of_qemu(driver: str, stack: ExitStack) -> Subject:
+def _of_qemu(where: str, stack: ExitStack) -> Subject:
     """A storage daemon's disk, to which the guest writes over NBD."""
     devices.require("qemu")
     from agent.qemu.device import open_qemu
     from agent.tracker.qemu import QemuTracker
 
+    cut, driver = (CUT_BYTES, "qcow2") if where == "shorter" else (0, where)
     directory = Path(stack.enter_context(TemporaryDirectory(prefix="warmsync-", dir="/tmp")))
-    qemu = stack.enter_context(qemus.disk(directory, DEVICE_BYTES, driver))
+    qemu = stack.enter_context(qemus.disk(directory, DEVICE_BYTES + cut, driver))
     qemu.start_daemon()
     path = str(stack.enter_context(qemus.guest_file(qemu)))
     fill(path, seed=len(driver))
     device = open_qemu(str(qemu.image), (str(qemu.image),), qemu.seat())
     stack.callback(device.close)
     tracker = QemuTracker(device, BLOCK)
-    return _started(Subject(path, 512, BLOCK, device, tracker), stack)
+    return _started(Subject(path, 512, BLOCK, device, tracker, cut_bytes=cut), stack)
 
 
 def equal(subject: Subject, shadow: Path) -> bool:
     """Return whether the shadow holds what the device holds, to the byte."""
-    return read_all(subject.path) == read_all(shadow)[: subject.size]
+    return read_all(subject.path)[: subject.size] == read_all(shadow)[: subject.size]
 
 
 def _started(subject: Subject, stack: ExitStack) -> Subject:
@@ -193,4 +204,5 @@ def _device(where: str, stack: ExitStack) -> tuple[str, int]:
         loop = stack.enter_context(devices.loop_device(2 * DEVICE_BYTES, partitions=True))
         return loop.partitions[1], 512
     sector_size = 4096 if where == "loop4096" else 512
-    return stack.enter_context(devices.loop_device(DEVICE_BYTES, sector_size)).path, sector_size
+    size = DEVICE_BYTES + (CUT_BYTES if where == "shorter" else 0)
+    return stack.enter_context(devices.loop_device(size, sector_size)).path, sector_size

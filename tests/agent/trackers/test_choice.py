@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,13 @@ from agent.errors import FailedPrecondition
 from agent.migration import Scheme
 from agent.store import Store
 from agent.tracker import choice
-from agent.tracker.choice import choose_scheme, fit_block, make_tracker, remove_stale
+from agent.tracker.choice import (
+    choose_scheme,
+    fit_block,
+    make_tracker,
+    remove_stale,
+    settle_scheme,
+)
 from native.bitmap import MAX_BITMAP_BYTES
 from native.blockio import BlockDevice
 from tests.devices import LoopDevice
@@ -56,6 +64,44 @@ def test_auto_says_why_not(
     assert reason.startswith(f"{file.path} is a file")
 
 
+@pytest.fixture
+def listening(tmp_path: Path, resources: ExitStack) -> Path:
+    path = tmp_path / "web.qmp"
+    resources.enter_context(socket.socket(socket.AF_UNIX)).bind(str(path))
+    return path
+
+
+def test_auto_is_qemu_where_a_source_lies_in_a_socket(listening: Path) -> None:
+    sources = ["/dev/null", f"{listening}/disk"]
+    scheme, reason = settle_scheme(Scheme.AUTO, sources)
+    assert scheme is Scheme.QEMU
+    assert reason == f"{listening}/disk names a disk of the QEMU at {listening}"
+    assert settle_scheme(Scheme.SCAN, sources) == (Scheme.SCAN, "")
+
+
+def test_auto_is_not_qemu_elsewhere(listening: Path, file: BlockDevice) -> None:
+    sources = [str(listening), f"{listening}.gone/disk", file.path, f"{file.path}/disk"]
+    assert settle_scheme(Scheme.AUTO, sources) == (Scheme.AUTO, "")
+
+
+def test_that_an_image_is_moved_as_it_is_is_said(
+    disk: BlockDevice, file: BlockDevice, tmp_path: Path, obstacle: Callable[[str], None]
+) -> None:
+    obstacle("")
+    for device, scheme in ((disk, Scheme.EBPF), (file, Scheme.SCAN)):
+        assert "qcow2" not in choose_scheme(Scheme.AUTO, [device])[1]
+        with Path(device.path).open("rb+") as raw:
+            raw.write(b"QFI\xfb" + bytes(4092))
+        chosen, reason = choose_scheme(Scheme.AUTO, [device])
+        assert chosen is scheme
+        assert f"{device.path} is moved as the qcow2 image that it is" in reason
+        assert "--tracker qemu" in reason
+    assert choose_scheme(Scheme.SCAN, [file]) == (Scheme.SCAN, "")
+    short = tmp_path / "short"
+    short.write_bytes(b"QFI\xfb")
+    assert "qcow2" not in choose_scheme(Scheme.AUTO, [BlockDevice(str(short))])[1]
+
+
 def test_what_is_named_is_used(file: BlockDevice, obstacle: Callable[[str], None]) -> None:
     obstacle("")
     assert choose_scheme(Scheme.SCAN, [file]) == (Scheme.SCAN, "")
@@ -98,8 +144,9 @@ def test_blocks_fit_the_tracker_and_the_bitmap() -> None:
 
 
 def test_trackers_are_made_by_scheme(disk: BlockDevice, file: BlockDevice, tmp_path: Path) -> None:
-    assert make_tracker(Scheme.SCAN, file, 65536, tmp_path, Store(None)).scheme == "scan"
-    assert make_tracker(Scheme.EBPF, disk, 4096, tmp_path, Store(None)).scheme == "ebpf"
+    for scheme, device, block in ((Scheme.SCAN, file, 65536), (Scheme.EBPF, disk, 4096)):
+        made = make_tracker(scheme, device, block, tmp_path, Store(None), size_bytes=65536)
+        assert made.scheme == scheme
 
 
 def test_stale_pins_are_removed_and_named(pins: Path) -> None:

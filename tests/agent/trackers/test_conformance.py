@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from agent.tracker import Take
 from native.bitmap import DirtyBitmap
 from tests import devices
-from tests.agent.trackers.subject import Subject, equal
+from tests.agent.trackers.subject import SHORTER, Subject, equal
 
 Write = Callable[[Subject], tuple[int, int]]
 
@@ -152,6 +153,23 @@ def test_is_marked_says_which(subject: Subject) -> None:
     assert subject.tracker.is_marked(offset - offset % 65536, 65536)
     assert not subject.tracker.is_marked(offset + (1 << 20), 65536)
     assert not subject.tracker.is_marked(subject.size - 1, 1)
+
+
+@pytest.mark.parametrize("kind", SHORTER)
+def test_what_lies_behind_the_end_is_not_marked(
+    make_subject: Callable[[str], Subject], kind: str
+) -> None:
+    subject = make_subject(kind)
+    subject.settle()
+    subject.take()
+    end, length = subject.size, subject.cut_bytes
+    subject.direct(end + 4096, noise(length - 4096))
+    assert subject.take()[1] == Take(0)
+    # The last block of the volume and the first behind it, in one write.
+    subject.direct(end - 4096, noise(8192))
+    marks, taken = subject.take()
+    assert taken == Take(marks.count_bytes())
+    assert marks.is_marked(end - 1)
 
 
 def test_a_copy_that_follows_the_takes_ends_equal(subject: Subject, shadow: Path) -> None:

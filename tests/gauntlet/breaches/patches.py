@@ -17,12 +17,13 @@ from typing import Any
 from agent import device as device_module
 from agent import disk as disk_module
 from agent import sender as sender_module
-from agent import target as target_module
-from agent.cutover import Cutover
 from agent.disk import SourceDisk
 from agent.errors import Unavailable, WarmsyncError
 from agent.sender import Sender
-from agent.target import TargetSession
+from agent.source import cutover as cutover_module
+from agent.source.cutover import Cutover
+from agent.target import claim as claim_module
+from agent.target.intake import Intake
 from agent.writer import Writer
 from native.bitmap import DirtyBitmap
 
@@ -185,7 +186,7 @@ def share_target() -> None:
     def open_device(path: str, allowed: tuple[str, ...], **how: Any) -> Any:
         return opened(path, allowed, **{**how, "exclusive": False})
 
-    _replace(target_module, "open_device", open_device)
+    _replace(claim_module, "open_device", open_device)
 
 
 def leave_fence_down() -> None:
@@ -198,23 +199,30 @@ def leave_fence_down() -> None:
 def take_cut_for_end() -> None:
     """Rule 13: both ends hold the round for complete, and count it."""
     _settle_on(lambda error: isinstance(error, Unavailable), agree=True)
-    end, cut = TargetSession.end_stream, TargetSession._cut_streams
+    end, cut = Intake.end_stream, Intake.cut_streams
 
-    def count(self: TargetSession) -> None:
-        self._generation += self._streaming
-        self._streaming = False
+    def count(self: Intake) -> None:
+        self._ledger.generation += self.streaming
+        self.streaming = False
 
-    def ending(self: TargetSession, error: WarmsyncError | None, stream: int) -> None:
-        if stream == self._stream:
+    def ending(self: Intake, error: WarmsyncError | None, stream: int) -> None:
+        if stream == self.stream:
             count(self)
         end(self, error, stream)
 
-    async def cutting(self: TargetSession) -> None:
+    async def cutting(self: Intake) -> None:
         count(self)
         await cut(self)
 
-    _replace(TargetSession, "end_stream", ending)
-    _replace(TargetSession, "_cut_streams", cutting)
+    _replace(Intake, "end_stream", ending)
+    _replace(Intake, "cut_streams", cutting)
+
+
+def hurry_release(seconds: float) -> None:
+    """No rule: a limit that no schedule could wait for."""
+    if not hasattr(cutover_module, "RELEASE_SECONDS"):
+        raise AttributeError("the release has no limit of that name any more: adapt this")
+    cutover_module.RELEASE_SECONDS = seconds
 
 
 def _replace(owner: Any, name: str, made: Callable[..., object]) -> None:

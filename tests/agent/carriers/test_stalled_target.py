@@ -1,0 +1,112 @@
+"""A target's disk that answers nothing: named within a limit, and left alone until it has ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from agent.carrier import Carrier
+from agent.errors import DataLoss, FailedPrecondition, WarmsyncError
+from agent.peer import session_token
+from agent.target import intake as intake_module
+from tests.agent.carriers.conftest import MakeRig
+from tests.agent.carriers.rig import SECRET, SIZE, Rig, frame_of, until
+from tests.agent.rpc_helpers import run
+from tests.agent.target.sessions import is_claimed
+from tests.content import read_all
+from tests.devices import LoopDevice
+from tests.gauntlet.fragile import FragileDisk, fragile_disk
+
+STEP = 65536
+
+
+async def stall(rig: Rig, carrier: Carrier, source: Path) -> asyncio.Task[None]:
+    """Send what the disk does not write; returns the task that sends."""
+
+    async def send() -> None:
+        with suppress(WarmsyncError):  # it is cut
+            await carrier.send(frame_of(source, 0, STEP))
+            await carrier.flush(1)
+
+    sending = asyncio.create_task(send())
+    await until(rig.session.bell, lambda: rig.session._intake.streaming)
+    await asyncio.sleep(0.3)
+    return sending
+
+
+async def refuse(rig: Rig, epoch: int) -> WarmsyncError:
+    with pytest.raises(DataLoss) as caught:
+        await rig.peer.resume(SECRET, epoch)
+    return caught.value
+
+
+def test_a_disk_that_does_not_answer_is_named(
+    make_rig: MakeRig,
+    source: Path,
+    loop_device: Callable[..., LoopDevice],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two, the one that hangs. What it writes late is not taken for anything."""
+    monkeypatch.setattr(intake_module, "DRAIN_SECONDS", 0.5)
+
+    async def main(disk: FragileDisk) -> None:
+        hung, target = Path(disk.path), Path(loop_device(SIZE).path)
+        async with make_rig(hung, target) as rig:
+            carrier = await rig.open_carrier()
+            with disk.stalled():
+                sending = await stall(rig, carrier, source)
+                for epoch in (2, 3):  # it is waited for each time, and never claimed meanwhile
+                    error = await refuse(rig, epoch)
+                    assert error.reason == "TARGET_IO_ERROR"
+                    assert (error.values["path"], error.values["side"]) == (str(hung), "target")
+                    assert str(target) not in str(error)
+                    assert error.values["owner"] == "source"  # nobody need ask who owns
+                rig.token = session_token(SECRET, 3)
+                assert rig.session.snapshot().refusal is not None
+                for begin in (rig.session.begin_stream, lambda: rig.session.expect(1)):
+                    with pytest.raises(FailedPrecondition):
+                        begin()
+            await carrier.close()
+            await sending
+            assert (await rig.peer.resume(SECRET, 4)).generation == 0
+            rig.token = session_token(SECRET, 4)
+            assert rig.session.snapshot().refusal is None
+            again = await rig.open_carrier()
+            await again.send(frame_of(source, 0, STEP))
+            await again.flush(1)
+            assert read_all(hung)[:STEP] == read_all(source)[:STEP]
+            await again.close()
+
+    with fragile_disk(SIZE, volatile=False) as disk:
+        run(lambda: main(disk))
+
+
+def test_a_session_given_up_over_a_hung_disk_keeps_it_until_it_answers(
+    make_rig: MakeRig, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written late must not be written into what somebody else has put there."""
+    monkeypatch.setattr(intake_module, "DRAIN_SECONDS", 0.5)
+
+    async def main(disk: FragileDisk) -> None:
+        hung = Path(disk.path)
+        async with make_rig(hung) as rig:
+            carrier = await rig.open_carrier()
+            with disk.stalled():
+                sending = await stall(rig, carrier, source)
+                session = rig.session
+                await refuse(rig, 2)
+                rig.token = session_token(SECRET, 2)
+                await rig.peer.abort(rig.token, "enough", cancelled=True)
+                assert session.state.is_terminal
+                assert await asyncio.to_thread(is_claimed, hung)
+            await carrier.close()
+            await sending
+            await session.ended()
+            assert not await asyncio.to_thread(is_claimed, hung)
+
+    with fragile_disk(SIZE, volatile=False) as disk:
+        run(lambda: main(disk))

@@ -1,0 +1,185 @@
+"""What is left in a QEMU that did not answer when its migration ended, and is removed later."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent.disk import SourceDisk, open_source
+from agent.migration import Scheme, Volume
+from agent.qemu import tidy
+from agent.qemu.access import Seat
+from agent.qemu.image import Image
+from agent.qemu.keeper import Keeper, list_bitmaps
+from agent.qemu.note import read_note
+from agent.store import Store
+from tests import qemus
+from tests.qemus import Qemu
+
+TOLD = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again at once, not in a minute."""
+    monkeypatch.setattr(tidy, "_AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr(tidy, "_PATIENCE_SECONDS", 0.5)
+
+
+@pytest.fixture
+def seat(machine: Qemu) -> Seat:
+    return replace(machine.seat(), access=replace(machine.access, patience_seconds=0.5))
+
+
+def begin(machine: Qemu, seat: Seat) -> SourceDisk:
+    path = str(machine.image)
+    opened = open_source(Volume(path, path), (path,), seat)
+    store = Store(seat.note.parent, seat.name)
+    disk = SourceDisk(opened, Scheme.QEMU, 4096, Path("/nowhere"), store)
+    disk.start()
+    return disk
+
+
+@contextmanager
+def somebody_at(qmp: str) -> Iterator[None]:
+    """A QMP socket serves one at a time."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(qmp)
+        assert client.recv(1)
+        yield
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + qemus.PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_busy_qemu_is_tidied_up_later(machine: Qemu, seat: Seat) -> None:
+    disk = begin(machine, seat)
+    with somebody_at(machine.socket):
+        disk.close()
+        assert seat.note.exists()
+        time.sleep(1.0)  # it is tried in vain meanwhile
+    eventually(lambda: not seat.note.exists())
+    assert (machine.bitmaps(), machine.exports()) == ([], [])
+
+
+def test_its_image_is_tidied_up_if_it_has_ended_by_then(machine: Qemu, seat: Seat) -> None:
+    disk = begin(machine, seat)
+    with somebody_at(machine.socket):
+        disk.close()
+    machine.process.terminate()  # type: ignore[union-attr]
+    machine.process.wait()  # type: ignore[union-attr]
+    eventually(lambda: not seat.note.exists())
+    assert list_bitmaps(str(machine.image), "") == []
+
+
+@pytest.mark.parametrize("failing", ["qemu-img", "unlink", pytest.param("odd", marks=TOLD)])
+def test_it_goes_on_to_try_whatever_fails(
+    machine: Qemu, seat: Seat, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Without qemu-img, on a file system that has become read-only, or with a fault of ours."""
+    asked: list[object] = []
+
+    def fail(*args: object, **named: object) -> None:
+        asked.append(args)
+        raise OSError(30, "Read-only file system") if failing == "unlink" else RuntimeError("odd")
+
+    disk = begin(machine, seat)
+    with somebody_at(machine.socket):
+        disk.close()
+    with monkeypatch.context() as patch:
+        if failing == "qemu-img":
+            machine.quit()
+            patch.setenv("PATH", "/nowhere")
+            time.sleep(1.0)
+        else:
+            where: object = Path if failing == "unlink" else tidy
+            patch.setattr(where, "unlink" if failing == "unlink" else "clear", fail)
+            eventually(lambda: len(asked) > 2)
+    assert seat.note.exists()
+    eventually(lambda: not seat.note.exists())
+    assert list_bitmaps(str(machine.image), "") == []
+
+
+def test_a_migration_ends_where_its_rests_cannot_be_removed(
+    machine: Qemu, seat: Seat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it has ended is written down by then."""
+    disk = begin(machine, seat)
+    machine.quit()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "/nowhere")
+        disk.close()
+    eventually(lambda: not seat.note.exists())
+    assert list_bitmaps(str(machine.image), "") == []
+
+
+def test_a_state_directory_that_became_read_only_keeps_no_disk_open(
+    machine: Qemu, seat: Seat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = begin(machine, seat)
+
+    def fail(path: Path, *, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        disk.close()
+    assert (machine.bitmaps(), machine.exports()) == ([], [])
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_what_ends_with_its_fence_up_keeps_its_note(machine: Qemu, seat: Seat, busy: bool) -> None:
+    """The next start has to find the fence, to keep it up or to lift it."""
+    disk = begin(machine, seat)
+    disk.fence()
+    with ExitStack() as stack:
+        if busy:
+            stack.enter_context(somebody_at(machine.socket))
+        disk.close()
+    eventually(lambda: machine.bitmaps() == [])
+    time.sleep(0.5)
+    assert read_note(seat.note) is not None
+    machine.image.chmod(0o644)
+
+
+def test_an_agent_that_ends_leaves_its_trackers_alone(machine: Qemu, seat: Seat) -> None:
+    disk = begin(machine, seat)
+    with somebody_at(machine.socket):
+        disk.detach()
+    time.sleep(1.0)
+    assert len(machine.bitmaps()) == 1
+
+
+def test_a_volume_of_the_same_name_is_not_tidied_up(machine: Qemu, seat: Seat) -> None:
+    disk = begin(machine, seat)
+    with somebody_at(machine.socket):
+        disk.close()
+    again = begin(machine, seat)
+    time.sleep(1.0)
+    assert (len(machine.bitmaps()), machine.exports()) == (1, [seat.export])
+    assert again.look() == 0
+    again.close()
+    assert machine.bitmaps() == []
+
+
+def test_a_daemon_that_nobody_needs_ends_with_the_next_start(machine: Qemu, seat: Seat) -> None:
+    """Whether or not a note tells of its volume."""
+    machine.quit()
+    image = Image(str(machine.image))
+    needed, other = (Keeper(replace(seat, name=name), image, "qcow2") for name in ("a-0", "b-0"))
+    tidy.tidy(seat.access, {"a-0"}, [])
+    assert other._process.wait(qemus.PATIENCE_SECONDS) == 0
+    assert needed.is_current
+    for keeper in (needed, other):
+        keeper.stop()
+    image.close()

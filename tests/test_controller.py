@@ -1,0 +1,119 @@
+"""The example's controller against an agent that only pretends: what it makes of its answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+import pytest
+from warmsync.v1 import migration_pb2 as pb
+
+from agent.errors import AlreadyExists, FailedPrecondition, NotFound
+from examples.controller import controller as controller_module
+from examples.controller.controller import Controller
+from examples.controller.plan import Evacuation, Machine
+from tests.agent.fake_agent import FakeAgent, failed, pretending
+from tests.agent.messages import migration
+
+
+class Taken(FakeAgent):
+    """Its first id is taken, by what cannot be seen, for the first `unseen` calls."""
+
+    def __init__(self, unseen: int) -> None:
+        super().__init__()
+        self.unseen = unseen
+        self.ids: list[str] = []
+        self.watched = [migration(state=pb.STATE_COMPLETED)]
+
+    async def CreateMigration(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.ids.append(request.migration_id)
+        if self._is_unseen(request.migration_id):
+            raise AlreadyExists("MIGRATION_EXISTS", "there is one already")
+        return migration(request.migration_id)
+
+    async def WatchMigration(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        if self._is_unseen(request.name.removeprefix("migrations/")):
+            raise NotFound("MIGRATION_NOT_FOUND", f"there is no {request.name}")
+        async for answer in super().WatchMigration(request, context):
+            yield answer
+
+    def _is_unseen(self, name: str) -> bool:
+        return name == "evacuate-web1" and self.ids.count(name) <= self.unseen
+
+
+class Refusing(Taken):
+    """Takes no cutover: the copies are as they are, the VM is off."""
+
+    def __init__(self, state: pb.State) -> None:
+        super().__init__(0)
+        self.watched = [migration(state=state)]
+
+    async def CutOverMigration(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise FailedPrecondition("SOURCE_UNREADABLE", "a block cannot be read")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "RETRY_SECONDS", 0.01)
+
+
+def evacuate(fake: FakeAgent, *, power_down: str = "true", boot: str = "true") -> int:
+    """Evacuate one machine from an agent; returns how many were left behind."""
+    machines = (Machine("web1", "there:7070", (("/dev/a", "/dev/b"),)),)
+
+    async def main(address: str) -> int:
+        plan = Evacuation(address, (power_down,), (boot,), machines, {}, tries=2)
+        async with grpc.aio.insecure_channel(address) as channel:
+            return await Controller(plan, channel).evacuate()
+
+    with pretending(fake=fake):
+        return asyncio.run(asyncio.wait_for(main(fake.address), 20))
+
+
+def test_what_is_still_being_created_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """As after a restart in the middle of a slow call: a second id would find its disks taken."""
+    fake = Taken(unseen=3)
+    assert evacuate(fake) == 0
+    assert fake.ids == ["evacuate-web1"] * 4
+    said = ["web1: found under way", "web1: started", "web1: evacuated"]
+    assert capsys.readouterr().out.splitlines() == said
+
+
+def test_an_id_that_only_the_target_knows_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "UNSEEN_SECONDS", 0.1)
+    fake = Taken(unseen=10**6)
+    assert evacuate(fake) == 0
+    assert fake.ids[0] == "evacuate-web1"
+    assert fake.ids[-1] == "evacuate-web1-2"
+
+
+def test_disks_that_nobody_is_known_to_own_are_left_to_a_person(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake = Taken(unseen=0)
+    message = failed()
+    message.owner = pb.OWNER_NOBODY
+    fake.watched = [message]
+    assert evacuate(fake) == 1
+    assert fake.ids == ["evacuate-web1"]
+    assert "LEFT BEHIND: source /dev/x: check the disk" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("state", "commands", "off"),
+    [
+        (pb.STATE_CONVERGED, {"power_down": "false"}, False),
+        (pb.STATE_CONVERGED, {}, True),
+        (pb.STATE_CUT_OVER, {"boot": "false"}, True),
+    ],
+    ids=["not powered down", "not cut over", "not booted"],
+)
+def test_what_is_left_behind_powered_down_is_said_to_be_off(
+    state: pb.State, commands: dict[str, str], off: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evacuate(Refusing(state), **commands) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("web1: LEFT BEHIND")
+    assert ("the VM is off" in last) is off
