@@ -19,12 +19,18 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp.qmp_client import GreetingError
 
 from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
 
 _Result = TypeVar("_Result")
 _locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 """Of each socket: two volumes of one VM must not wait for each other in its backlog."""
+
+_GREETINGS = 5
+"""How often one that is not understood is asked for again: between the end of one client and its
+welcome for the next a QEMU still sends events, which the next takes for its greeting."""
+_GREETING_PAUSE_SECONDS = 0.05
 
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its errors are told as ours
 
@@ -72,7 +78,7 @@ async def _converse(
     client = QMPClient("warmsync")
     try:
         async with asyncio.timeout(patience_seconds):
-            await client.connect(dial(socket_path, patience_seconds))
+            await _connect(client, socket_path, patience_seconds)
             return await work(Monitor(client, socket_path))
     except TimeoutError as error:
         raise _unreachable(socket_path, f"no answer in {patience_seconds:g} s") from error
@@ -88,6 +94,17 @@ async def _converse(
         # What a connection ends with was told already, or matters to nobody any more.
         with suppress(QMPError, EOFError, OSError):
             await client.disconnect()
+
+
+async def _connect(client: QMPClient, socket_path: str, patience_seconds: float) -> None:
+    for tries_left in reversed(range(_GREETINGS)):
+        try:
+            await client.connect(dial(socket_path, patience_seconds))
+            return
+        except ConnectError as error:
+            if not (isinstance(error.exc, GreetingError) and tries_left):
+                raise
+            await asyncio.sleep(_GREETING_PAUSE_SECONDS)
 
 
 def dial(socket_path: str, patience_seconds: float) -> socket.socket:

@@ -107,6 +107,7 @@ class SourceMigration:
         self._settling = Settling(books, handover, self._ending, peer)
         self._stalls = StallWatch(sender)
         self._task: asyncio.Task[None] | None = None
+        self._is_stopped = False
         self._cancelling: asyncio.Task[None] | None = None
         if record is not None:
             self._restore(record)
@@ -283,8 +284,7 @@ class SourceMigration:
                 "TOO_LATE", f"migration {self.id} is being handed over; {mend}", id=self.id
             )
         self._books.move(Event.CANCEL)
-        if self._task is not None:
-            self._task.cancel()  # at once: a turn later it may have asked for the release
+        self._cancel_task()  # at once: a turn later it may have asked for the release
         self._cancelling = asyncio.create_task(self._give_up(), name=f"cancel {self.id}")
 
     async def _give_up(self) -> None:
@@ -395,10 +395,15 @@ class SourceMigration:
     async def _stop_task(self) -> None:
         for disk in self._sender.disks:
             disk.tracker.interrupt()
+        self._cancel_task()
         if self._task is not None:
-            if not self._task.cancelling():
-                self._task.cancel()
             await asyncio.wait([self._task])
+
+    def _cancel_task(self) -> None:
+        """Once: a second time it would break off what the first one lets come to its end."""
+        if self._task is not None and not self._is_stopped:
+            self._is_stopped = True  # `cancelling()` is also true while a timeout of its own falls
+            self._task.cancel()
 
     def _check_comparable(self) -> None:
         if self.state not in (State.SYNCING, State.CONVERGED, State.CUT_OVER):

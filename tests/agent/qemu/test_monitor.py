@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -51,6 +52,44 @@ def test_the_wait_has_an_end(machine: Qemu) -> None:
             converse(machine.socket, query_status, 0.5)
         assert caught.value.reason == "QMP_UNREACHABLE"
         assert 0.4 < time.monotonic() - started < 5
+
+
+EVENT = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "JOB_STATUS_CHANGE"}'
+GREETING = b'{"QMP": {"version": {"qemu": {"major": 7}}, "capabilities": []}}'
+ANSWERS: list[dict[str, object]] = [{"return": {}}, {"return": {"status": "running"}}]
+
+
+def serve(listener: socket.socket, greetings: list[bytes]) -> None:
+    """Greet one client after the other so; answer the last one."""
+    for greeting in greetings:
+        client, _ = listener.accept()
+        with client:
+            client.sendall(greeting + b"\n")
+            for answer in ANSWERS:
+                asked = client.recv(4096)  # no newline follows a command
+                if not asked:
+                    break
+                named = {key: value for key, value in json.loads(asked).items() if key == "id"}
+                client.sendall(json.dumps(answer | named).encode() + b"\n")
+
+
+@pytest.mark.parametrize("strays", [1, 4, 5])
+def test_an_event_in_the_greetings_place(directory: Path, strays: int) -> None:
+    """Meant for the client before: asked for again, but not for ever."""
+    path = str(directory / "qmp.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        greetings = [EVENT] * strays + [GREETING] * (strays < 5)
+        server = threading.Thread(target=serve, args=(listener, greetings))
+        server.start()
+        if strays < 5:
+            assert converse(path, query_status, 10.0) == "running"
+        else:
+            with pytest.raises(Unavailable) as caught:
+                converse(path, query_status, 10.0)
+            assert caught.value.reason == "QMP_UNREACHABLE"
+        server.join()
 
 
 @pytest.mark.parametrize("kind", ["missing", "dead", "file"])

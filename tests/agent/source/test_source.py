@@ -9,6 +9,7 @@ import pytest
 
 from agent.errors import FailedPrecondition, InvalidArgument
 from agent.migration import Mode, Step
+from agent.rounds import Convergence
 from agent.source import SourceMigration
 from agent.state import State
 from tests.agent.ends import SIZE, Source, until
@@ -257,5 +258,36 @@ def test_the_agent_stops(end: Source, state: State) -> None:
         assert not any(call.startswith("abort") for call in end.peer.calls)
         if state is not State.CUT_OVER:
             assert not any(tracker.stopped for tracker in end.trackers)
+
+    trial(end, steps)
+
+
+def test_the_agent_stops_in_the_moment_a_rest_is_over(
+    end: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest's own timeout has cancelled the task; that must not pass for the stop."""
+
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        closings: list[asyncio.Task[None]] = []
+        begun = asyncio.Event()
+
+        def wait_seconds(*_: float) -> float:
+            if not closings:
+                # In the turn in which the timeout cancels, so that the stop comes before what it
+                # cancelled wakes up.
+                asyncio.get_running_loop().call_soon(close)
+            return 0.0
+
+        def close() -> None:
+            closings.append(asyncio.create_task(migration.close(STOPPED)))
+            begun.set()
+
+        monkeypatch.setattr(Convergence, "wait_seconds", wait_seconds)
+        migration.update(None, 1.0)  # wakes it
+        async with asyncio.timeout(10):
+            await begun.wait()
+            await closings[0]
+        assert not end.is_open()
 
     trial(end, steps)
