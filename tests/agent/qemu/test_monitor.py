@@ -80,6 +80,7 @@ def test_an_event_in_the_greetings_place(directory: Path, strays: int) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
+        listener.settimeout(20)
         greetings = [EVENT] * strays + [GREETING] * (strays < 5)
         server = threading.Thread(target=serve, args=(listener, greetings))
         server.start()
