@@ -24,7 +24,7 @@ from agent.device import (
     map_data,
     open_device,
 )
-from agent.errors import FailedPrecondition, InvalidArgument, WarmsyncError
+from agent.errors import FailedPrecondition, InvalidArgument, Unavailable, WarmsyncError
 from agent.heat import Heat
 from agent.migration import Depth, Identity, Scheme, Volume
 from agent.nameplate import another_disk, nameplate
@@ -202,14 +202,16 @@ class SourceDisk:
     def start(self) -> None:
         """Start tracking. From here on every write is noticed, and everything is to be sent."""
         geometry = self.volume.size_bytes, self.volume.block_size_bytes
-        # Before the tracker: no room for them must leave nothing behind.
+        # Before the tracker: no room for them must leave nothing behind. And in this order: an
+        # agent that is killed in between leaves what cannot be taken up, or all of it pending.
+        self._store.drop(_TAKEN)
         self.pending = self._store.make_bitmap(_PENDING, *geometry)
+        self.pending.set_all()
         self._marks = self._store.make_bitmap(_TAKEN, *geometry)
         try:
             self.tracker.start()
         except OSError as error:
             raise io_error("source", error) from error
-        self.pending.set_all()
         self.tree = self._make_tree()
         if self.tree is not None:
             self.tree.start()
@@ -240,7 +242,7 @@ class SourceDisk:
         """Go on where the agent before this one has ended.
 
         `believed`: on the same boot, with the same device. Returns why all is to be sent again, if
-        it is; empty where only what was pending is.
+        it is; empty where only what was pending is. Unavailable: ask again, nothing was changed.
         """
         if not believed:
             self.start()
@@ -253,6 +255,8 @@ class SourceDisk:
             self.tree = self._make_tree()
             if self.tree is not None:
                 self.tree.resume()
+        except Unavailable:
+            raise
         except (OSError, WarmsyncError) as error:
             self.start()
             return str(error)

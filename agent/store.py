@@ -74,6 +74,16 @@ class Store:
         words = self.open(name, _words_bytes(size_bytes, block_size_bytes))
         return DirtyBitmap(size_bytes, block_size_bytes, words=words)
 
+    def drop(self, name: str) -> None:
+        """Remove a file, if it is there, so that it cannot be taken up. STATE_DIR_UNUSABLE."""
+        if self._directory is None:
+            return
+        path = self._path(self._directory, name)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _not_made(path, 0, error) from error
+
     def remove(self, *, keep: str = "") -> None:
         """Remove the files, but the one that is to be kept; memory still mapped stays good."""
         if self._directory is not None:

@@ -61,9 +61,9 @@ class QemuTracker:
         names = [one.name for one in own]
         following = _number(names[-1]) + 1 if names else 1
         if not _is_whole(own):
+            into.set_all()  # first: once the next chain is there, nobody sees that one was lost
             self._add(following)
             self._remove(names)
-            into.set_all()
             return Take(into.size_bytes, f"{self._device.path}: its QEMU lost our bitmaps")
         self._rotate(names[-1], following)
         marked = self._read_into(node, names, into)
@@ -205,6 +205,8 @@ class QemuTracker:
 
     def _remove(self, bitmaps: Iterable[str]) -> None:
         names = list(bitmaps)
+        if not names:
+            return
         node = self._device.node.name
 
         async def ask(monitor: Monitor) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.disk import SourceDisk, open_source
-from agent.errors import WarmsyncError
+from agent.errors import Unavailable, WarmsyncError
 from agent.migration import Scheme, Volume
 from native.bitmap import DirtyBitmap
 from tests import devices, qemus
@@ -72,6 +72,28 @@ def test_a_take_that_was_broken_off_loses_nothing(
     assert again.tracker.look() == 2 * MIB
     assert take(again) == [1, 3]
     assert len(machine.bitmaps()) == 1
+
+
+def test_an_answer_that_is_lost_while_a_new_chain_begins_loses_nothing(
+    machine: Qemu, open_disk: Callable[[], SourceDisk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next take finds a chain that is whole, and cannot know that there was another."""
+    disk = open_disk()
+    disk.start()
+    disk.pending.clear()
+    machine.ask("block-dirty-bitmap-remove", node="disk", name=machine.bitmaps()[0])
+    machine.write(1, 3 * MIB, MIB)  # in no bitmap
+    add = disk.tracker._add  # type: ignore[attr-defined]
+
+    def add_unheard(number: int) -> None:
+        add(number)
+        raise Unavailable("QMP_UNREACHABLE", "no answer in 10 s")
+
+    monkeypatch.setattr(disk.tracker, "_add", add_unheard)
+    with pytest.raises(Unavailable):
+        disk.take(flush=False, at_seconds=0.0)
+    assert not disk.take(flush=False, at_seconds=1.0).suspect
+    assert disk.pending.count_bytes() == SIZE
 
 
 def test_bitmaps_of_others_stay(machine: Qemu, disk: SourceDisk) -> None:
