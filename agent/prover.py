@@ -109,18 +109,23 @@ class Prover:
             _log.warning('not read back reason="%s"', error)
 
     async def _read(self, depth: int, step: _Step | None = None) -> int:
-        loop, total, started = asyncio.get_running_loop(), 0, time.monotonic()
-        for tree, device in zip(self.trees, self.devices, strict=True):
-            await loop.run_in_executor(self._threads, tree.skip_holes, device)
-        steps = run_ahead(self._steps(step or self._step), self._threads, depth)
+        started = time.monotonic()
+        each = zip(self.trees, self.devices, strict=True)
+        await self._run((partial(tree.skip_holes, device) for tree, device in each), 1)
+        total = await self._run(self._steps(step or self._step), depth)
+        if total >= _LEAST_MEASURED_BYTES:
+            self.rate_bytes_per_second = total / max(time.monotonic() - started, 1e-6)
+        return total
+
+    async def _run(self, calls: Iterator[Callable[[], int]], depth: int) -> int:
+        """Return the sum of what calls return. Cancelled, it ends when what runs has ended."""
+        total, ahead = 0, run_ahead(calls, self._threads, depth)
         try:
-            async for done in steps:
+            async for done in ahead:
                 total += done
         finally:
             with suppress(ValueError, BufferError):
-                await steps.aclose()
-        if total >= _LEAST_MEASURED_BYTES:
-            self.rate_bytes_per_second = total / max(time.monotonic() - started, 1e-6)
+                await ahead.aclose()
         return total
 
     def _steps(self, step: _Step) -> Iterator[partial[int]]:

@@ -119,13 +119,13 @@ class DigestTree:
         self._blank = False
 
     def count_unread(self, marks: DirtyBitmap | None = None) -> int:
-        """Return the bytes of all stale chunks, and of those that `marks` (any blocks) touches."""
-        if marks is None:
-            return self.stale.count_bytes()
-        both = DirtyBitmap(self.size_bytes, CHUNK_BYTES)
-        both.merge(self.stale)
-        both.touch(marks)
-        return both.count_bytes()
+        """Return the bytes of all chunks that are stale, or being read, or touched by `marks`."""
+        unread = DirtyBitmap(self.size_bytes, CHUNK_BYTES)
+        for marks_of in (self.stale, self._reading, self.stale):  # what a read gives up goes back
+            unread.merge(marks_of)
+        if marks is not None:
+            unread.touch(marks)
+        return unread.count_bytes()
 
     def steps(self) -> Iterator[tuple[int, int]]:
         """Iterate ranges (offset, length) with all that is stale now, STEP_BYTES of it in each."""
@@ -149,10 +149,13 @@ class DigestTree:
         finally:
             self._changed.set_range(offset_bytes, length_bytes)
 
-    def skip_holes(self, device: BlockDevice) -> None:
-        """Enter what the file system says are holes; asked only where much is stale. OSError."""
+    def skip_holes(self, device: BlockDevice) -> int:
+        """Enter what the file system says are holes; asked only where much is stale. OSError.
+
+        Returns their bytes.
+        """
         if self.count_unread() < _SPARSE_BYTES:
-            return
+            return 0
         asked, data = (
             DirtyBitmap(self.size_bytes, CHUNK_BYTES),
             DirtyBitmap(self.size_bytes, CHUNK_BYTES),
@@ -174,6 +177,7 @@ class DigestTree:
             self._clear(offset, length)
         self._changed.touch(asked)
         self._reading.subtract(asked)
+        return asked.count_bytes()
 
     def _clear(self, offset_bytes: int, length_bytes: int) -> None:
         if self._blank:

@@ -16,7 +16,7 @@ from agent.peer import SessionRequest
 from agent.target.growth import Growth
 from native.blockio import BlockDevice
 
-_CLAIM_SECONDS = 10.0
+_UNDO_SECONDS = 10.0
 _CLAIM_RETRY_SECONDS = 0.1
 
 
@@ -54,12 +54,15 @@ def claim(
     allowed: tuple[str, ...],
     undoing: Growth | None,
     nameplates: tuple[str, ...] = (),
+    *,
+    patience_seconds: float = 0.0,
 ) -> list[BlockDevice]:
     """Claim devices as `open_devices`, and first undo a resize that the end of an agent cut off.
 
+    `patience_seconds`: how long one that is in use is tried again.
     FailedPrecondition TARGET_NOT_CLAIMED if one had another of `nameplates` when it was known.
     """
-    deadline = time.monotonic() + (_CLAIM_SECONDS if undoing else 0.0)
+    deadline = time.monotonic() + (_UNDO_SECONDS if undoing else patience_seconds)
     while True:
         try:
             devices = open_devices(volumes, allowed)

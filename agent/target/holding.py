@@ -26,6 +26,9 @@ from native.blockio import BlockDevice
 
 _log = logging.getLogger(__name__)
 
+_CLAIM_SECONDS = 3.0
+"""What an earlier connection had begun to read, such as a comparison, may still hold a device."""
+
 
 class Holding:
     """One session's. `changing` is held while devices are claimed anew, or grown."""
@@ -95,7 +98,12 @@ class Holding:
         undoing = self.growth if ledger.resizing else None
         try:
             devices = await asyncio.to_thread(
-                claim, ledger.plan.volumes, self._allow_devices, undoing, ledger.nameplates
+                claim,
+                ledger.plan.volumes,
+                self._allow_devices,
+                undoing,
+                ledger.nameplates,
+                patience_seconds=_CLAIM_SECONDS,
             )
         except WarmsyncError as error:
             if error.reason == "TARGET_NOT_CLAIMED":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 
 from agent import prover as prover_module
+from agent import tree as tree_module
+from agent.device import map_data
 from agent.prover import Prover
 from agent.store import Store
 from agent.tree import DigestTree
+from native.bitmap import DirtyBitmap
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer, BufferPool
 from native.chunk import CHUNK_BYTES, digests
@@ -113,6 +117,34 @@ def test_what_became_stale_meanwhile_is_read_once_it_is_woken(
         stand.prover.wake()
         await stand.idle()
         assert stand.prover.unread_bytes == 0
+
+    trial(steps)
+
+
+def test_the_search_for_holes_is_waited_for_and_hides_nothing(
+    trial: Callable[[Steps], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the file system is asked, nothing is marked as stale; it is not known all the same."""
+    asked, answer = threading.Event(), threading.Event()
+
+    def ask_slowly(device: BlockDevice, size_bytes: int, block_bytes: int) -> DirtyBitmap:
+        asked.set()
+        assert answer.wait(20)
+        return map_data(device, size_bytes, block_bytes)
+
+    monkeypatch.setattr(tree_module, "_SPARSE_BYTES", 1)
+    monkeypatch.setattr(tree_module, "map_data", ask_slowly)
+
+    async def steps(stand: Stand) -> None:
+        stand.prover.wake()
+        await asyncio.to_thread(asked.wait, 20)
+        assert stand.prover.unread_bytes == SIZE
+        settled = asyncio.create_task(stand.prover.settle())
+        done, _ = await asyncio.wait([settled], timeout=0.2)
+        answer.set()  # before anything may fail: a thread waits for it
+        assert not done
+        assert await settled == SIZE
+        assert bytes(stand.tree.table) == digests(stand.path.read_bytes())
 
     trial(steps)
 

@@ -118,6 +118,18 @@ def test_the_end_is_heard_from_a_source_that_has_not_come_back_yet(target: Path)
     trial(target, steps)
 
 
+def test_what_an_earlier_connection_still_reads_is_waited_for(target: Path) -> None:
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        reading = BlockDevice(str(target))
+        end = threading.Timer(0.5, reading.close)
+        end.start()
+        await session.resume(session.secret, 2)
+        assert is_claimed(target)
+        end.join()
+
+    trial(target, steps)
+
+
 def test_what_was_not_released_is_said_to_be_the_source_s(target: Path) -> None:
     """So that it need not keep its fence up for a target that cannot go on."""
 
@@ -162,11 +174,11 @@ class SlowDisk:
         self.answer = threading.Event()
         monkeypatch.setattr(holding_module, "claim", self)
 
-    def __call__(self, *args: Any) -> list[BlockDevice]:
+    def __call__(self, *args: Any, **named: Any) -> list[BlockDevice]:
         self.calls += 1
         self.asked.set()
         assert self.answer.wait(20)
-        devices: list[BlockDevice] = self._claim(*args)
+        devices: list[BlockDevice] = self._claim(*args, **named)
         return devices
 
 
