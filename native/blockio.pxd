@@ -59,7 +59,7 @@ cdef extern from "blockio_impl.h" nogil:
                        ws_salvage *salvage, ws_attempt *why)
     int ws_dev_zero(ws_device *dev, uint64_t offset, uint64_t length, ws_attempt *why)
     int ws_dev_discard(const ws_device *dev, uint64_t offset, uint64_t length, ws_attempt *why)
-    int ws_dev_flush(const ws_device *dev, ws_attempt *why)
+    int ws_dev_flush(ws_device *dev, ws_attempt *why)
     int ws_dev_is_read_only(const ws_device *dev)
     int ws_dev_set_read_only(const ws_device *dev, bint read_only)
     int ws_loop_status(int fd, ws_loop *loop)

@@ -227,7 +227,10 @@ cdef class BlockDevice:
             raise self.failure(rc, &why)
 
     def flush(self):
-        """Make durable all that was written, here or through the page cache."""
+        """Make durable all that was written, here or through the page cache.
+
+        After one that failed every other fails too, until the device is opened anew.
+        """
         cdef ws_attempt why
         cdef int rc
         cdef ws_device *device = self.acquire()

@@ -141,12 +141,16 @@ int ws_dev_write_batch(const struct ws_device *dev, const uint64_t *pairs, size_
     return batch(dev, true, pairs, count, (char *)data, why);
 }
 
-int ws_dev_flush(const struct ws_device *dev, struct ws_attempt *why) {
+int ws_dev_flush(struct ws_device *dev, struct ws_attempt *why) {
     *why = (struct ws_attempt){"flush", 0, 0, 0};
     if (dev->remote != NULL) /* nothing is written here, and its server sees each write */
         return 0;
-    while (fsync(dev->fd) != 0)
+    /* One at a time: the next must not succeed before this one's failure is noted. */
+    pthread_mutex_lock(&dev->flushing);
+    while (dev->flush_error == 0 && fsync(dev->fd) != 0)
         if (errno != EINTR)
-            return -errno;
-    return 0;
+            dev->flush_error = -errno;
+    int rc = dev->flush_error;
+    pthread_mutex_unlock(&dev->flushing);
+    return rc;
 }

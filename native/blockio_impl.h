@@ -6,6 +6,7 @@
 #ifndef WARMSYNC_BLOCKIO_IMPL_H
 #define WARMSYNC_BLOCKIO_IMPL_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -43,6 +44,8 @@ struct ws_device {
     uint32_t physical;        /* what the device can write without reading first */
     uint32_t memory_align;    /* what direct I/O asks of addresses */
     _Atomic uint32_t refused; /* WS_ZERO_* */
+    pthread_mutex_t flushing;
+    int flush_error; /* -errno of the first flush that failed; see ws_dev_flush() */
 };
 
 struct ws_attempt {
@@ -121,8 +124,10 @@ int ws_dev_discard(const struct ws_device *dev, uint64_t offset, uint64_t length
 int ws_dev_write_end(struct ws_device *dev, const void *data, uint64_t offset, uint64_t length,
                      struct ws_attempt *why);
 
-/* Make durable what was written, here or through the page cache of this device. */
-int ws_dev_flush(const struct ws_device *dev, struct ws_attempt *why);
+/* Make durable what was written, here or through the page cache of this device. The kernel tells a
+ * failure once, to whoever asks first, and forgets it: here every later flush fails too, until the
+ * device is opened anew. */
+int ws_dev_flush(struct ws_device *dev, struct ws_attempt *why);
 
 /* 1 or 0: BLKROGET; for a file, that nobody has write permission. Or -errno. */
 int ws_dev_is_read_only(const struct ws_device *dev);

@@ -139,6 +139,7 @@ static int open_any(struct ws_device *dev, const char *path, bool writable, bool
 int ws_dev_open(struct ws_device *dev, const char *path, bool writable, bool exclusive,
                 const char **step) {
     memset(dev, 0, sizeof(*dev));
+    pthread_mutex_init(&dev->flushing, NULL);
     dev->fd = dev->tail_fd = -1;
     int rc = open_any(dev, path, writable, exclusive, step);
     if (rc != 0)

@@ -251,6 +251,11 @@ class TestFaults:
                 with pytest.raises(OSError, match=r"\(flush\)") as caught:
                     device.flush()
                 assert caught.value.errno == errno.EIO
+            # The kernel tells it once; whoever asks next must hear it too.
+            for again in (device.data_extents, device.flush):
+                with pytest.raises(OSError, match=r"\(flush\)"):
+                    again()
+        with BlockDevice(faulty.path, writable=True) as device:
             device.flush()
 
 
