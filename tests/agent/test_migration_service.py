@@ -22,7 +22,7 @@ from agent.rpc.errors import calling
 from agent.rpc.migration_service import MigrationServicer
 from agent.rpc.server import Service, start_server
 from tests.agent.carriers.rig import request as rig_request
-from tests.agent.registry.test_registry import Host, hosting
+from tests.agent.registry.hosts import Host, hosting
 from tests.agent.rpc_helpers import run
 
 Steps = Callable[[Host, Any], Coroutine[Any, Any, None]]

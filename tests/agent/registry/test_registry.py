@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import pytest
 
 from agent import registry as registry_module
 from agent import source as source_module
-from agent.config import AgentConfig, LimitsConfig
 from agent.disk import SourceDisk
 from agent.errors import (
     AlreadyExists,
@@ -23,80 +20,18 @@ from agent.errors import (
     NotFound,
     ResourceExhausted,
     Unavailable,
-    WarmsyncError,
 )
 from agent.journal import Journal
-from agent.migration import Owner, Plan, Role, Scheme, Volume
-from agent.registry import Registry
+from agent.migration import Owner, Role
 from agent.registry import preparation as preparation_module
 from agent.registry import reception as reception_module
 from agent.source import SourceMigration
 from agent.state import State
 from agent.tracker.scan import ScanTracker
-from tests.agent.carriers.rig import descriptors, image, request, until
-from tests.agent.ends import SIGNER, FakeCarrier, FakePeer
+from tests.agent.carriers.rig import descriptors, request, until
+from tests.agent.registry.hosts import Host, hosting, refused, trial
 from tests.agent.rpc_helpers import run
 from tests.fuzz import journal_fuzz
-
-
-class Host:
-    """A registry whose peers are fakes; `peers` are those it connected to."""
-
-    def __init__(self, directory: Path, **limits: int) -> None:
-        self.directory = directory
-        self.images = {name: image(directory, name, seed=1) for name in ("a", "b", "c")}
-        self.targets = {name: image(directory, f"{name}.target") for name in ("a", "b", "c")}
-        self.peers: list[FakePeer] = []
-        self.errors: dict[str, list[Exception]] = {}
-        self.gates: dict[str, asyncio.Event] = {}
-        config = AgentConfig(
-            state_dir=str(directory / "state"),
-            bpffs_dir=str(directory / "bpf"),
-            allow_devices=(f"{directory}/*",),
-            limits=LimitsConfig(**limits),
-        )
-        self.registry = Registry(config, self._connect, SIGNER)
-
-    def plan(self, name: str, *images: str, **changes: Any) -> Plan:
-        volumes = tuple(
-            Volume(str(self.images[i]), str(self.targets[i])) for i in images or (name,)
-        )
-        return replace(Plan(name, "target:7070", volumes, Scheme.SCAN), **changes)
-
-    def _connect(self, address: str) -> FakePeer:
-        peer = FakePeer(FakeCarrier([self.targets["a"]]))
-        peer.errors.update({call: list(errors) for call, errors in self.errors.items()})
-        peer.gates.update(self.gates)
-        peer.gates.setdefault("open_carrier", asyncio.Event())  # it begins, and stays PENDING
-        self.peers.append(peer)
-        return peer
-
-
-@asynccontextmanager
-async def hosting(directory: Path, **limits: int) -> AsyncIterator[Host]:
-    host = Host(directory, **limits)
-    try:
-        yield host
-    finally:
-        await host.registry.close()
-        for peer in host.peers:
-            await peer.carrier.close()
-
-
-def trial(
-    directory: Path, steps: Callable[[Host], Coroutine[Any, Any, None]], **limits: int
-) -> None:
-    async def main() -> None:
-        async with hosting(directory, **limits) as host:
-            await steps(host)
-
-    run(main)
-
-
-async def refused(attempt: Coroutine[Any, Any, Any]) -> WarmsyncError:
-    with pytest.raises(WarmsyncError) as caught:
-        await attempt
-    return caught.value
 
 
 def test_created_found_and_forgotten(tmp_path: Path) -> None:

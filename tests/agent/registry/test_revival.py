@@ -1,9 +1,8 @@
-"""An agent's start: fences first, ends that were interrupted, and what cannot be taken up yet."""
+"""An agent's start: fences first, and ends that were interrupted."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,84 +12,30 @@ from typing import Any
 import pytest
 
 from agent import disk as disk_module
-from agent.disk import SourceDisk
 from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
-from agent.journal import Journal
-from agent.migration import Depth, Owner, Plan, Progress, Role, Scheme, Volume
+from agent.migration import Owner, Plan, Progress, Scheme, Volume
 from agent.qemu.note import Note, write_note
-from agent.record import SourceRecord, TargetRecord, dump, load_source
-from agent.registry import ended as ended_module
-from agent.registry import waiting as waiting_module
-from agent.registry.preparation import Preparation, Reopened
+from agent.record import TargetRecord
 from agent.source import SourceMigration
 from agent.state import Entry, State
 from agent.store import Store
-from native.blockio import BlockDevice
 from tests.agent.carriers.rig import SIZE
-from tests.agent.registry.test_registry import Host, refused, trial
+from tests.agent.registry.hosts import (
+    CUT_OVER,
+    CUTTING_OVER,
+    OWNER_UNKNOWN,
+    SYNCING,
+    Host,
+    is_fenced,
+    record,
+    refused,
+    trial,
+    until,
+    write_down,
+    written,
+)
 
-SYNCING = (State.PENDING, State.SEEDING, State.SYNCING)
-CUTTING_OVER = (*SYNCING, State.CUTTING_OVER)
-CUT_OVER = (*CUTTING_OVER, State.CUT_OVER)
-OWNER_UNKNOWN = FailedPrecondition("OWNER_UNKNOWN", "the source stays fenced")
-BUSY = Unavailable("QMP_UNREACHABLE", "QMP at /vm.sock cannot be used")
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is tried again is tried again soon."""
-    monkeypatch.setattr(waiting_module, "RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(ended_module, "RETRY_SECONDS", 0.05)
-
-
-def record(directory: Path, states: tuple[State, ...], *names: str, **changes: Any) -> SourceRecord:
-    """Return what an agent wrote down of a migration of these images."""
-    names = names or ("a",)
-    volumes = tuple(Volume(str(directory / name), f"/dev/{name}", SIZE, 65536) for name in names)
-    now = time.time()
-    made = SourceRecord(
-        plan=Plan("web1", "target:7070", volumes, Scheme.SCAN, verify=Depth.NONE),
-        scheme=Scheme.SCAN,
-        scheme_reason="",
-        secret="s" * 32,
-        epoch=3,
-        boot_id="an earlier boot",
-        devices=tuple((0, 0, 0) for _ in names),
-        history=tuple(Entry(state, now) for state in states),
-        generation=5,
-        progress=Progress(total_bytes=SIZE),
-        nameplates=tuple("" for _ in names),
-    )
-    return replace(made, **changes)
-
-
-def write_down(directory: Path, *records: SourceRecord | TargetRecord) -> None:
-    journal = Journal(directory / "state")
-    for one in records:
-        role = Role.SOURCE if isinstance(one, SourceRecord) else Role.TARGET
-        journal.save(role, one.plan.id, dump(one))
-    journal.close()
-
-
-def written(directory: Path) -> SourceRecord:
-    """Return what is written down of the source's end."""
-    journal = Journal(directory / "state")
-    found = {role: values for role, _, values in journal.load()}
-    journal.close()
-    return load_source(found[Role.SOURCE])
-
-
-def is_fenced(path: Path) -> bool:
-    return not path.stat().st_mode & 0o222
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - files and journals ring no bell
-        await asyncio.sleep(0.01)
-
-
-def trouble(host: Host) -> str:
-    return host.registry.get("web1").snapshot().progress.trouble
+pytestmark = pytest.mark.usefixtures("soon")
 
 
 @pytest.mark.parametrize(
@@ -417,271 +362,3 @@ def test_a_fence_that_cannot_be_lifted_is_told(tmp_path: Path, mend: str) -> Non
 
     trial(tmp_path, again)
     assert not written(tmp_path).releasing
-
-
-class Busy:
-    """The QEMU of one migration, as it is taken up: it answers, or not, or not yet."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.errors: list[Exception] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.asked = 0
-        self.opened: list[SourceDisk] = []
-        reopen = Preparation.reopen
-
-        def asked(preparation: Preparation, record: SourceRecord) -> Reopened:
-            self.asked += 1
-            assert self.gate.wait(20)
-            if self.errors:
-                raise self.errors[0]
-            opened = reopen(preparation, replace(record, scheme=Scheme.SCAN))
-            self.opened += opened.disks
-            return opened
-
-        monkeypatch.setattr(Preparation, "reopen", asked)
-
-    def is_open(self) -> bool:
-        return any(not is_closed(disk.device) for disk in self.opened)
-
-
-def is_closed(device: BlockDevice) -> bool:
-    try:
-        device.fileno()
-    except ValueError:
-        return True
-    return False
-
-
-@pytest.fixture
-def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Busy:
-    write_down(tmp_path, record(tmp_path, SYNCING, scheme=Scheme.QEMU))
-    return Busy(monkeypatch)
-
-
-@pytest.fixture
-def given_back(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the migrations whose rests were removed from their QEMUs."""
-    names: list[str] = []
-
-    def give_back(preparation: Preparation, record: SourceRecord) -> None:
-        names.append(record.plan.id)
-
-    monkeypatch.setattr(Preparation, "give_back", give_back)
-    return names
-
-
-def test_a_qemu_that_cannot_be_asked_yet_ends_no_migration(tmp_path: Path, busy: Busy) -> None:
-    busy.errors = [BUSY]
-
-    async def steps(host: Host) -> None:
-        registry = host.registry
-        registry.start()
-        await registry.first_tries()
-        waiting = registry.get_source("web1")
-        assert waiting.state is State.SYNCING
-        assert str(BUSY) in trouble(host)
-        assert waiting.snapshot().error is None
-        for refusal in (
-            await refused(waiting.cut_over(force=True)),
-            caught(waiting.pause),
-            caught(lambda: waiting.update(1, None)),
-        ):
-            assert refusal.reason == "NOT_TAKEN_UP"
-            assert str(BUSY) in str(refusal)
-        assert caught(lambda: registry.forget("web1")).reason == "NOT_ENDED"
-        await until(lambda: busy.asked > 2)
-        seen = waiting.bell.count
-        busy.errors = []
-        await registry.wait(waiting.bell, seen)
-        taken_up = registry.latest(waiting)
-        assert isinstance(taken_up, SourceMigration)
-        assert taken_up.snapshot().progress.resumes == 1
-        await taken_up.cancel()
-
-    trial(tmp_path, steps)
-
-
-def test_a_qemu_that_does_not_answer_keeps_the_agent_from_nothing(
-    tmp_path: Path, busy: Busy
-) -> None:
-    busy.gate.clear()
-
-    async def steps(host: Host) -> None:
-        host.registry.start()
-        await until(lambda: busy.asked == 1)
-        assert "being opened" in str(caught(host.registry.get_source("web1").pause))
-        await host.registry.create(host.plan("b"))
-        error = await refused(host.registry.create(host.plan("x", "a")))
-        assert error.reason == "DEVICE_IN_MIGRATION"
-        busy.gate.set()
-        await until(lambda: isinstance(host.registry.get("web1"), SourceMigration))
-
-    trial(tmp_path, steps)
-
-
-def test_what_another_try_does_not_mend_ends_it(tmp_path: Path, busy: Busy) -> None:
-    busy.errors = [FailedPrecondition("QEMU_DISK_READ_ONLY", "read-only")]
-
-    async def steps(host: Host) -> None:
-        host.registry.start()
-        await until(lambda: host.registry.get("web1").state is State.FAILED)
-        await until(lambda: not written(tmp_path).owed)
-        assert host.peers[0].calls[0] == "abort failed: read-only"
-        assert host.registry.totals().migrations_failed == 1
-        assert busy.asked == 1
-
-    trial(tmp_path, steps)
-
-
-@pytest.mark.parametrize("answering", [False, True], ids=["silent", "in the middle of a try"])
-def test_what_waits_can_be_cancelled(tmp_path: Path, busy: Busy, answering: bool) -> None:
-    """What a try under way has opened is given back; the target is told."""
-    busy.errors = [] if answering else [BUSY]
-    busy.gate.clear()
-
-    async def steps(host: Host) -> None:
-        host.registry.start()
-        await until(lambda: busy.asked == 1)
-        asyncio.get_running_loop().call_later(0.1, busy.gate.set)
-        await host.registry.get_source("web1").cancel()
-        await until(lambda: not written(tmp_path).owed)
-        assert host.peers[0].calls[0].startswith("abort cancelled")
-        assert host.registry.get("web1").state is State.CANCELLED
-        assert bool(busy.opened) is answering
-        assert not busy.is_open()
-        assert busy.asked == 1
-        host.registry.forget("web1")
-
-    trial(tmp_path, steps)
-
-
-def test_what_a_slow_try_opens_after_the_cancel_is_given_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: Busy, given_back: list[str]
-) -> None:
-    """And nothing of it before: bitmaps that are removed under it would be made again."""
-    monkeypatch.setattr(waiting_module, "TRY_SECONDS", 0.1)
-    busy.gate.clear()
-
-    async def steps(host: Host) -> None:
-        host.registry.start()
-        await until(lambda: busy.asked == 1)
-        await host.registry.get_source("web1").cancel()
-        assert host.registry.get("web1").state is State.CANCELLED
-        assert given_back == []
-        assert caught(lambda: host.registry.forget("web1")).reason == "NOT_ENDED"
-        busy.gate.set()
-        await until(lambda: bool(busy.opened) and not busy.is_open())
-        await asyncio.sleep(0.1)
-        host.registry.forget("web1")
-
-    trial(tmp_path, steps)
-
-
-def test_a_slow_try_that_fails_after_the_cancel_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: Busy, given_back: list[str]
-) -> None:
-    """Also if nobody waits for the cancel any more."""
-    busy.gate.clear()
-    busy.errors = [BUSY]
-
-    async def steps(host: Host) -> None:
-        host.registry.start()
-        await until(lambda: busy.asked == 1)
-        cancelling = asyncio.create_task(host.registry.get_source("web1").cancel())
-        await asyncio.sleep(0.1)
-        cancelling.cancel()
-        await asyncio.wait([cancelling])
-        assert given_back == []
-        busy.gate.set()
-        await until(lambda: given_back == ["web1"])
-
-    trial(tmp_path, steps)
-
-
-def test_what_a_try_has_opened_is_let_go_when_the_agent_stops(tmp_path: Path, busy: Busy) -> None:
-    busy.gate.clear()
-
-    async def steps(host: Host) -> None:
-        host.registry.start()
-        await until(lambda: busy.asked == 1)
-        asyncio.get_running_loop().call_later(0.1, busy.gate.set)
-
-    trial(tmp_path, steps)
-    assert busy.opened
-    assert not busy.is_open()
-    assert written(tmp_path).history[-1].state is State.SYNCING
-
-
-@pytest.mark.parametrize("owner", [Owner.SOURCE, Owner.TARGET])
-def test_what_waits_can_be_settled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Owner, given_back: list[str]
-) -> None:
-    """No try that is under way puts the fence up behind the person's back; nothing is left."""
-    pytest.importorskip("native.nbd", reason="built without libnbd")
-    write_down(tmp_path, record(tmp_path, CUT_OVER, scheme=Scheme.QEMU, releasing=True))
-    busy = Busy(monkeypatch)
-    busy.gate.clear()
-
-    async def steps(host: Host) -> None:
-        host.errors["resume"] = [Unavailable("PEER_UNREACHABLE", "away")]
-        host.registry.start()
-        await until(lambda: busy.asked == 1)
-        asyncio.get_running_loop().call_later(0.1, busy.gate.set)
-        settled = await host.registry.settle("web1", owner)
-        assert settled.state.is_terminal
-        assert given_back == ["web1"]
-        assert host.registry.get("web1") is settled
-        await asyncio.sleep(0.2)
-        assert is_fenced(host.images["a"]) is (owner is Owner.TARGET)
-        assert not busy.is_open()
-        assert busy.asked == 1
-
-    trial(tmp_path, steps)
-
-
-def test_what_is_settled_and_still_fenced_keeps_what_finds_its_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_back: list[str]
-) -> None:
-    pytest.importorskip("native.nbd", reason="built without libnbd")
-    states = CUT_OVER
-    write_down(tmp_path, record(tmp_path, states, "late", scheme=Scheme.QEMU, releasing=True))
-
-    async def steps(host: Host) -> None:
-        host.errors["resume"] = [Unavailable("PEER_UNREACHABLE", "away")] * 2
-        host.registry.start()
-        error = await refused(host.registry.settle("web1", Owner.SOURCE))
-        assert error.reason == "STILL_FENCED"
-        assert given_back == []
-        host.images["c"].rename(tmp_path / "late")
-        await host.registry.settle("web1", Owner.SOURCE)
-        assert given_back == ["web1"]
-
-    trial(tmp_path, steps)
-
-
-def test_a_try_that_does_not_end_is_not_settled_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("native.nbd", reason="built without libnbd")
-    monkeypatch.setattr(waiting_module, "TRY_SECONDS", 0.1)
-    write_down(tmp_path, record(tmp_path, CUT_OVER, scheme=Scheme.QEMU, releasing=True))
-    busy = Busy(monkeypatch)
-    busy.gate.clear()
-
-    async def steps(host: Host) -> None:
-        host.registry.start()
-        await until(lambda: busy.asked == 1)
-        error = await refused(host.registry.settle("web1", Owner.SOURCE))
-        assert error.reason == "NOT_TAKEN_UP"
-        busy.gate.set()
-        await until(lambda: isinstance(host.registry.get("web1"), SourceMigration))
-        assert busy.asked == 1
-
-    trial(tmp_path, steps)
-
-
-def caught(call: Callable[[], object]) -> WarmsyncError:
-    with pytest.raises(WarmsyncError) as error:
-        call()
-    return error.value
