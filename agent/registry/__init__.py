@@ -279,12 +279,14 @@ class Registry:
         """Drop an ended migration. FailedPrecondition while it has not ended."""
         end = self.get(name)
         if not _has_ended(end):
+            mend = (
+                "what it still does with its disks has to end before it can be deleted"
+                if end.state.is_terminal
+                else "cancel or finish it before deleting it, or settle it where the other agent "
+                "is gone"
+            )
             raise FailedPrecondition(
-                "NOT_ENDED",
-                f"migration {name} is {end.state}; cancel or finish it before deleting it, or "
-                "settle it where the other agent is gone",
-                id=name,
-                state=end.state,
+                "NOT_ENDED", f"migration {name} is {end.state}; {mend}", id=name, state=end.state
             )
         role = end.snapshot().role
         if isinstance(end, Ended):
@@ -338,5 +340,7 @@ class Registry:
 
 def _has_ended(end: End) -> bool:
     """Return whether an end has come to its end, and holds nothing any more."""
-    is_giving_up = isinstance(end, SourceMigration | Waiting) and end.is_giving_up
-    return end.state.is_terminal and not is_giving_up
+    if isinstance(end, TargetSession):
+        return end.state.is_terminal
+    is_held = end.is_held if isinstance(end, Ended) else end.is_giving_up
+    return end.state.is_terminal and not is_held

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from agent.bell import Bell
 from agent.disk import SourceDisk
-from agent.errors import FailedPrecondition, WarmsyncError
+from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
 from agent.journal import NOT_KEPT, Journal
 from agent.migration import Comparison, Migration, Mode, Owner, Role
 from agent.migration import Event as Entered
@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 3.0
 """How often a source that could not be fenced is tried again."""
+TRY_SECONDS = 15.0
+"""How long a try under way is waited for by whoever wants an end: a QEMU has 10 s to answer."""
 
 
 class Ended:
@@ -43,6 +45,7 @@ class Ended:
         self.bell = Bell()
         self.trouble = trouble
         self._task: asyncio.Task[None] | None = None
+        self._fencing: asyncio.Future[None] | None = None
 
     @property
     def id(self) -> str:
@@ -97,10 +100,19 @@ class Ended:
             self._task = asyncio.create_task(self._put_up_fence(), name=f"fence {self.id}")
 
     async def _put_up_fence(self) -> None:
+        loop = asyncio.get_running_loop()
         while self.fence.trouble is not None:
-            await asyncio.sleep(RETRY_SECONDS)
-            await asyncio.to_thread(self.fence.put_up)
+            if self._fencing is None:
+                await asyncio.sleep(RETRY_SECONDS)
+                self._fencing = loop.run_in_executor(None, self.fence.put_up)
+            await asyncio.shield(self._fencing)  # a thread cannot be taken back
+            self._fencing = None
             self.bell.ring()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its fence is still in somebody's hands."""
+        return not (self._fencing is None or self._fencing.done())
 
     async def close(self, error: WarmsyncError) -> None:  # noqa: ARG002 - as in SourceMigration
         """The agent stops; the fence stays as it is."""
@@ -115,9 +127,14 @@ class Ended:
 
     @asynccontextmanager
     async def at_rest(self) -> AsyncIterator[None]:
-        """Nothing goes on within the block, where it may become another; after it what has to."""
+        """Nothing goes on within the block, where it may become another; after it what has to.
+
+        Unavailable SOURCE_STALLED if a thread could put the fence up behind one's back.
+        """
         await self._stop()
         try:
+            if self._fencing is not None:
+                raise self._stalled()
             yield
         finally:
             if is_due(self.record) or not self.state.is_terminal:
@@ -129,6 +146,20 @@ class Ended:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+        if self._fencing is not None:
+            await asyncio.wait([self._fencing], timeout=TRY_SECONDS)
+            if self._fencing.done():
+                self._fencing = None
+
+    def _stalled(self) -> Unavailable:
+        paths = ", ".join(volume.source for volume in self.record.plan.volumes)
+        return Unavailable(
+            "SOURCE_STALLED",
+            f"migration {self.id} cannot be settled until source {paths} has answered a try to "
+            "fence it; check the disk and the kernel log, then settle again",
+            id=self.id,
+            path=paths,
+        )
 
     def update(
         self,

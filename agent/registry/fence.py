@@ -57,12 +57,13 @@ class Fence:
         for index in tuple(self._down):
             try:
                 self._put_up(index)
-                self._down.remove(index)
+                # Not `remove`: the agent may have stopped meanwhile, and closed it.
+                self._down = [one for one in self._down if one != index]
             except (WarmsyncError, OSError) as error:
                 failed.append((self._record.plan.volumes[index], error))
-        known, self.trouble = self.trouble, None
-        if failed:
-            self.trouble = _not_fenced(*failed[0])
+        known = self.trouble
+        self.trouble = _not_fenced(*failed[0]) if failed else None
+        if self.trouble is not None:
             if str(known) != str(self.trouble):
                 _log.error('id=%s reason="%s"', self._record.plan.id, self.trouble)
         elif known is not None:

@@ -119,6 +119,7 @@ class PastSettling:
 
     async def _unfence(self, ended: Ended) -> None:
         ended.fence.close()  # its lock would outlive it
+        ended.fence.trouble = None
         try:
             await asyncio.to_thread(lift, ended.record, self._opener, self._fenced_since(ended))
         except (WarmsyncError, OSError) as error:

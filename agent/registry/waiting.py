@@ -20,7 +20,7 @@ from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
 from agent.journal import NOT_KEPT
 from agent.migration import Migration
 from agent.record import SourceRecord
-from agent.registry.ended import Ended, give_up
+from agent.registry.ended import TRY_SECONDS, Ended, give_up
 from agent.registry.fence import Fence, is_due
 from agent.registry.preparation import Reopened
 from agent.state import Event, Machine, State
@@ -28,8 +28,6 @@ from agent.state import Event, Machine, State
 _log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 3.0
-TRY_SECONDS = 15.0
-"""How long a try under way is waited for by whoever wants an end: a QEMU has 10 s to answer."""
 
 
 def may_wait(record: SourceRecord, error: Exception) -> bool:
@@ -91,6 +89,11 @@ class Waiting(Ended):
     def is_giving_up(self) -> bool:
         """Whether it was cancelled, and what a try may have opened is not given back yet."""
         return self._giving is not None and not self._giving.done()
+
+    @property
+    def is_held(self) -> bool:
+        """See `Ended`."""
+        return super().is_held or self.is_giving_up
 
     def update(
         self, limit_bytes_per_second: int | None, max_downtime_seconds: float | None
