@@ -165,7 +165,10 @@ class Registry:
             record = end.record()
             fence = Fence(record, self._preparation.open_fence)
             end = self._sources[name] = Ended(record, fence)
-        await (self._past.settle(end, owner) if isinstance(end, Ended) else end.settle(owner))
+        if isinstance(end, SourceMigration):
+            await end.settle(owner)
+        elif not await self._past.settle(end, owner):
+            return await self.settle(name, owner)
         return end
 
     def session(self, token: str, *, ahead: bool = False) -> TargetSession:

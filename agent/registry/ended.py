@@ -44,6 +44,8 @@ class Ended:
         self.fence = fence
         self.bell = Bell()
         self.trouble = trouble
+        self.settling = asyncio.Lock()
+        """Held by the one person who settles it."""
         self._task: asyncio.Task[None] | None = None
         self._fencing: asyncio.Future[None] | None = None
 
@@ -111,8 +113,8 @@ class Ended:
 
     @property
     def is_held(self) -> bool:
-        """Whether its fence is still in somebody's hands."""
-        return not (self._fencing is None or self._fencing.done())
+        """Whether its fence or its record is still in somebody's hands."""
+        return self.settling.locked() or not (self._fencing is None or self._fencing.done())
 
     async def close(self, error: WarmsyncError) -> None:  # noqa: ARG002 - as in SourceMigration
         """The agent stops; the fence stays as it is."""

@@ -45,11 +45,20 @@ class PastSettling:
         self._ends = ends
         self._connect = connect
         self._opener = opener
-        self._one_at_a_time = asyncio.Lock()
 
-    async def settle(self, ended: Ended, owner: Owner) -> None:
-        """End it as the person says. FailedPrecondition OWNER_KNOWN, STILL_FENCED."""
-        async with self._one_at_a_time, ended.at_rest():
+    async def settle(self, ended: Ended, owner: Owner) -> bool:
+        """End it as the person says. FailedPrecondition OWNER_KNOWN, STILL_FENCED.
+
+        Returns False, and does nothing, if it has been taken up or forgotten meanwhile.
+        """
+        async with ended.settling:
+            if self._ends.get(ended.id) is not ended:
+                return False
+            await self._settle(ended, owner)
+            return True
+
+    async def _settle(self, ended: Ended, owner: Owner) -> None:
+        async with ended.at_rest():
             if not ended.state.is_terminal or ended.owner is Owner.NOBODY:
                 await self._enter(ended, owner)
             elif ended.owner is not owner:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -17,6 +19,8 @@ from agent.journal import Journal
 from agent.migration import Depth, Owner, Plan, Progress, Role, Scheme, Volume
 from agent.record import SourceRecord, dump
 from agent.registry import Registry
+from agent.registry import settling as settling_module
+from agent.registry.fence import lift
 from agent.state import Entry, State
 from tests.agent.carriers.rig import SIZE, image
 from tests.agent.ends import SIGNER, FakeCarrier, FakePeer
@@ -44,6 +48,7 @@ class Host:
         self.peers: list[FakePeer] = []
         self.answer: WarmsyncError | bool = LOST
         """What the target says: that it was released, that it was not, or an error."""
+        self.gates: dict[str, asyncio.Event] = {}
         self._write(states, changes)
 
     def _write(self, states: tuple[State, ...], changes: dict[str, Any]) -> None:
@@ -77,6 +82,7 @@ class Host:
     def connect(self, address: str) -> FakePeer:
         peer = FakePeer(FakeCarrier([self.target]))
         peer.address = address
+        peer.gates.update(self.gates)
         if isinstance(self.answer, WarmsyncError):
             for call in ("resume", "unread", "abort", "finish"):
                 peer.errors[call] = [self.answer] * 100
@@ -295,5 +301,65 @@ def test_after_a_cutover_nothing_is_in_doubt(tmp_path: Path) -> None:
     async def steps(registry: Registry) -> None:
         shown = registry.get("web1").snapshot()
         assert (shown.state, shown.owner, shown.refusal) == (State.CUT_OVER, Owner.TARGET, None)
+
+    host.run(steps)
+
+
+def test_of_two_who_say_otherwise_one_is_refused(tmp_path: Path) -> None:
+    host = Host(tmp_path, DOUBTS["failed"])
+
+    async def steps(registry: Registry) -> None:
+        gate = host.gates["resume"] = asyncio.Event()
+        both = asyncio.gather(
+            *(registry.settle("web1", owner) for owner in ENDS), return_exceptions=True
+        )
+        await asyncio.sleep(0.05)
+        gate.set()
+        said = await both
+        (refusal,) = [one for one in said if isinstance(one, WarmsyncError)]
+        assert refusal.reason == "OWNER_KNOWN"
+        end = registry.get("web1")
+        assert host.is_fenced is (end.snapshot().owner is Owner.TARGET)
+
+    host.run(steps)
+
+
+def test_a_disk_that_hangs_keeps_no_other_from_being_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path, DOUBTS["failed"])
+    other = image(tmp_path, "other", seed=2)
+    journal = Journal(tmp_path / "state")
+    _, _, values = journal.load()[0]
+    volume = {**values["plan"]["volumes"][0], "source": str(other)}
+    plan = {**values["plan"], "id": "web2", "volumes": [volume]}
+    journal.save(Role.SOURCE, "web2", {**values, "plan": plan})
+    journal.close()
+    reached, gate = threading.Event(), threading.Event()
+
+    def hang(record: SourceRecord, *rest: Any) -> None:
+        if record.plan.id == "web1":
+            reached.set()
+            assert gate.wait(20)
+        lift(record, *rest)
+
+    monkeypatch.setattr(settling_module, "lift", hang)
+
+    async def steps(registry: Registry) -> None:
+        settling = asyncio.create_task(registry.settle("web1", Owner.SOURCE))
+        await asyncio.to_thread(reached.wait, 20)
+        try:
+            async with asyncio.timeout(15):
+                await registry.settle("web2", Owner.SOURCE)
+            assert other.stat().st_mode & 0o200
+            assert host.is_fenced
+            with pytest.raises(WarmsyncError) as early:
+                registry.forget("web1")  # its disk would be somebody else's when it answers
+            assert early.value.reason == "NOT_ENDED"
+        finally:
+            gate.set()
+            await settling
+        assert not host.is_fenced
+        registry.forget("web1")
 
     host.run(steps)

@@ -16,11 +16,13 @@ from agent.migration import Owner, Scheme
 from agent.record import SourceRecord
 from agent.registry import waiting as waiting_module
 from agent.registry.preparation import Preparation, Reopened
+from agent.registry.waiting import Waiting
 from agent.source import SourceMigration
 from agent.state import State
 from native.blockio import BlockDevice
 from tests.agent.registry.hosts import (
     CUT_OVER,
+    CUTTING_OVER,
     SYNCING,
     Host,
     is_fenced,
@@ -300,6 +302,40 @@ def test_a_try_that_does_not_end_is_not_settled_behind(
         assert busy.asked == 1
 
     trial(tmp_path, steps)
+
+
+def test_what_was_taken_up_meanwhile_settles_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing old is written over what its link has written down since."""
+    pytest.importorskip("native.nbd", reason="built without libnbd")
+    write_down(tmp_path, record(tmp_path, CUTTING_OVER, scheme=Scheme.QEMU, releasing=True))
+    busy = Busy(monkeypatch)
+    busy.errors = [BUSY]
+
+    async def steps(host: Host) -> None:
+        for call in ("resume", "unread", "abort"):
+            host.errors[call] = [Unavailable("PEER_UNREACHABLE", "away")] * 100
+        registry = host.registry
+        registry.start()
+        await registry.first_tries()
+        waiting = registry.get("web1")
+        assert isinstance(waiting, Waiting)
+        async with waiting.settling:  # as somebody else does, who is refused in the end
+            settling = asyncio.create_task(registry.settle("web1", Owner.SOURCE))
+            busy.errors = []
+            await until(lambda: isinstance(registry.get("web1"), SourceMigration))
+            await until(lambda: any("resume 4" in peer.calls for peer in host.peers))
+        settled = await settling
+        assert settled is registry.get("web1")
+        assert isinstance(settled, SourceMigration)
+        assert settled.state is State.ROLLED_BACK
+        assert not is_fenced(host.images["a"])
+        asked = [call for peer in host.peers for call in peer.calls if call.startswith("resume")]
+        assert len(asked) == len(set(asked)), "an epoch is answered once only"
+
+    trial(tmp_path, steps)
+    assert written(tmp_path).history[-1].state is State.ROLLED_BACK
 
 
 def caught(call: Callable[[], object]) -> WarmsyncError:
