@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from secrets import compare_digest
 from typing import TypeAlias
@@ -27,7 +28,7 @@ from agent.migration import PROTOCOL_VERSION, Identity, Owner, Plan, Role, Total
 from agent.peer import Peer, SessionRequest
 from agent.qemu.access import Access
 from agent.registry.ended import Ended
-from agent.registry.fence import Fence
+from agent.registry.fence import Fence, is_wanted
 from agent.registry.leftovers import remove_leftovers
 from agent.registry.places import places_of
 from agent.registry.preparation import Preparation
@@ -48,7 +49,9 @@ from native.frame import MAX_PAYLOAD_BYTES
 _log = logging.getLogger(__name__)
 
 MAX_ENDED = 1000
-"""Migrations that have ended and are remembered; the oldest are forgotten."""
+"""Migrations that have ended and are remembered; the oldest are forgotten, unless one tells of a
+fence: an agent that starts without it would let the old VM write beside the target's.
+"""
 
 End: TypeAlias = Source | TargetSession
 
@@ -291,16 +294,19 @@ class Registry:
             raise FailedPrecondition(
                 "NOT_ENDED", f"migration {name} is {end.state}; {mend}", id=name, state=end.state
             )
-        role = end.snapshot().role
+        self._reservations.free(end.snapshot().role, name)
+        self._drop(end)
+
+    def _drop(self, end: End) -> None:
+        is_target = isinstance(end, TargetSession)
+        self._journal.remove(Role.TARGET if is_target else Role.SOURCE, end.id)
         if isinstance(end, Ended):
             end.forget()
-        if role is Role.SOURCE:
-            self._revival.forget(name)
-        self._reservations.free(role, name)
-        self._journal.remove(role, name)
-        hook = "quiesce" if role is Role.SOURCE else "boot"
-        shutil.rmtree(self._places.hook(name, hook), ignore_errors=True)
-        (self._sources if role is Role.SOURCE else self._targets).pop(name)
+        if not is_target:
+            self._revival.forget(end.id)
+        hook = self._places.hook(end.id, "boot" if is_target else "quiesce")
+        shutil.rmtree(hook, ignore_errors=True)
+        (self._targets if is_target else self._sources).pop(end.id)
 
     async def close(self) -> None:
         """Give everything back; what is written down goes on with the next start. Once only."""
@@ -329,16 +335,16 @@ class Registry:
         self._reservations.reserve(role, name, existing)
 
     def _tidy(self) -> None:
-        """Give back the devices of migrations that have ended."""
-        ended = [end for end in self.all() if _has_ended(end)]
-        snapshots = sorted(
-            (end.snapshot() for end in ended), key=lambda one: one.history[-1].at_seconds
-        )
-        for one in snapshots:
+        """Give back the devices of migrations that have ended; forget the oldest of them."""
+        ended = [(end.snapshot(), end) for end in self.all() if _has_ended(end)]
+        for one, _ in ended:
             self._reservations.free(one.role, one.plan.id)
-        for one in snapshots[: max(len(snapshots) - MAX_ENDED, 0)]:
-            self._journal.remove(one.role, one.plan.id)
-            (self._sources if one.role is Role.SOURCE else self._targets).pop(one.plan.id)
+        spare = [
+            (one.history[-1].at_seconds, end) for one, end in ended if not _tells_of_fence(end)
+        ]
+        spare.sort(key=itemgetter(0))
+        for _, end in spare[: max(len(spare) - MAX_ENDED, 0)]:
+            self._drop(end)
 
 
 def _has_ended(end: End) -> bool:
@@ -347,3 +353,12 @@ def _has_ended(end: End) -> bool:
         return end.state.is_terminal
     is_held = end.is_held if isinstance(end, Ended) else end.is_giving_up
     return end.state.is_terminal and not is_held
+
+
+def _tells_of_fence(end: End) -> bool:
+    """Return whether only this end tells of a fence that has to go up, or to come down."""
+    if isinstance(end, TargetSession):
+        return False
+    if isinstance(end, SourceMigration):
+        return is_wanted(end.record())
+    return is_wanted(end.record) or end.fence.trouble is not None

@@ -110,6 +110,10 @@ def record(directory: Path, states: tuple[State, ...], *names: str, **changes: A
     return replace(made, **changes)
 
 
+def named(name: str, made: SourceRecord) -> SourceRecord:
+    return replace(made, plan=replace(made.plan, id=name))
+
+
 def write_down(directory: Path, *records: SourceRecord | TargetRecord) -> None:
     journal = Journal(directory / "state")
     for one in records:

@@ -9,18 +9,24 @@ from typing import Any
 
 import pytest
 
+from agent import registry as registry_module
 from agent.errors import Unavailable, WarmsyncError, agent_stopped
+from agent.journal import Journal
 from agent.migration import Owner
 from agent.record import SourceRecord
 from agent.registry import ended as ended_module
 from agent.registry.fence import Fence
 from agent.registry.preparation import Preparation
 from agent.state import State
+from tests.agent.carriers.rig import request
 from tests.agent.registry.hosts import (
+    CUT_OVER,
     CUTTING_OVER,
     OWNER_UNKNOWN,
+    SYNCING,
     Host,
     is_fenced,
+    named,
     record,
     refused,
     trial,
@@ -30,6 +36,70 @@ from tests.agent.registry.hosts import (
 
 pytestmark = pytest.mark.usefixtures("soon")
 AWAY = Unavailable("PEER_UNREACHABLE", "away")
+
+
+async def receive(host: Host, *names: str) -> None:
+    """Let sessions begin and end; what is too much is forgotten."""
+    for name in names:
+        asked = request([host.targets["c"]], migration_id=name)
+        (await host.registry.open_session(asked)).abort("gone", cancelled=False)
+
+
+def known(host: Host) -> list[str]:
+    return [end.id for end in host.registry.all()]
+
+
+def test_what_tells_of_a_fence_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many end after it: after a reboot nothing else keeps the old VM from writing."""
+    monkeypatch.setattr(registry_module, "MAX_ENDED", 1)
+    failed, cancelled = (*CUTTING_OVER, State.FAILED), (*CUTTING_OVER, State.CANCELLED)
+    write_down(
+        tmp_path,
+        record(tmp_path, failed, "a", releasing=True, error=OWNER_UNKNOWN),
+        named("web2", record(tmp_path, cancelled, "late", releasing=True, owed=True)),
+        named("web3", record(tmp_path, (*CUT_OVER, State.COMPLETED), "b", releasing=True)),
+    )
+
+    async def steps(host: Host) -> None:
+        host.registry.start()
+        await receive(host, "x1", "x2", "x3")
+        assert known(host) == ["web1", "web2", "x2", "x3"]
+
+    trial(tmp_path, steps)
+    (tmp_path / "a").chmod(0o644)  # as after a reboot of a host whose disk is a device
+
+    async def again(host: Host) -> None:
+        assert is_fenced(host.images["a"])
+        host.errors["resume"] = [AWAY]
+        await host.registry.settle("web1", Owner.TARGET)
+        await receive(host, "x4", "x5")
+        assert known(host) == ["web2", "x4", "x5"]
+
+    trial(tmp_path, again)
+
+
+def test_what_is_forgotten_is_not_written_down_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its target's answer, which comes late."""
+    monkeypatch.setattr(registry_module, "MAX_ENDED", 0)
+    write_down(tmp_path, record(tmp_path, (*SYNCING, State.CANCELLED), owed=True))
+
+    async def steps(host: Host) -> None:
+        gate = host.gates["abort"] = asyncio.Event()
+        host.registry.start()
+        await until(lambda: bool(host.peers) and bool(host.peers[0].calls))
+        await receive(host, "x1")
+        assert known(host) == ["x1"]
+        gate.set()
+        await until(lambda: host.peers[0].calls[-1] == "close")
+
+    trial(tmp_path, steps)
+    journal = Journal(tmp_path / "state")
+    assert [name for _, name, _ in journal.load()] == ["x1"]
+    journal.close()
 
 
 def test_what_the_source_owns_is_not_to_be_fenced(tmp_path: Path) -> None:
