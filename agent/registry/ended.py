@@ -260,8 +260,9 @@ async def tell_end(ended: Ended, journal: Journal, connect: Callable[[str], Peer
     try:
         token = session_token(record.secret, record.epoch)
         if await tell_target(peer, ended.id, token, reason, cancelled=cancelled):
-            told = replace(record, owed=record.releasing)  # then its fence is still up
-            write_down(told, journal, before=record)
+            known = ended.record  # a person may have settled it meanwhile
+            told = replace(known, owed=known.releasing)  # then its fence is still up
+            write_down(told, journal, before=known)
             ended.become(told)
     except NOT_KEPT as error:  # it is told once more at the next start
         _log.error('not written down id=%s reason="%s"', ended.id, error)

@@ -32,6 +32,7 @@ from tests.agent.registry.hosts import (
     trial,
     until,
     write_down,
+    written,
 )
 
 pytestmark = pytest.mark.usefixtures("soon")
@@ -100,6 +101,24 @@ def test_what_is_forgotten_is_not_written_down_again(
     journal = Journal(tmp_path / "state")
     assert [name for _, name, _ in journal.load()] == ["x1"]
     journal.close()
+
+
+def test_what_is_settled_while_its_target_is_told_stays_so(tmp_path: Path) -> None:
+    states = (*CUTTING_OVER, State.CANCELLED)
+    write_down(tmp_path, record(tmp_path, states, "late", releasing=True, owed=True))
+
+    async def steps(host: Host) -> None:
+        gate = host.gates["abort"] = asyncio.Event()
+        host.registry.start()
+        await until(lambda: bool(host.peers) and bool(host.peers[0].calls))
+        host.images["c"].rename(tmp_path / "late")
+        await host.registry.settle("web1", Owner.SOURCE)
+        gate.set()
+        await until(lambda: host.peers[0].calls[-1] == "close")
+        assert not written(tmp_path).owed
+        assert not written(tmp_path).releasing
+
+    trial(tmp_path, steps)
 
 
 def test_what_the_source_owns_is_not_to_be_fenced(tmp_path: Path) -> None:
