@@ -105,16 +105,22 @@ class HookRun:
             await self._watch(self._pid())
             await asyncio.sleep(0.02)  # it may not have said yet who it is
         if not (self._directory / "result").exists():
-            raise FailedPrecondition(
-                "HOOK_INTERRUPTED",
-                f"the {self.hook.side}'s {self.hook.name} hook was under way when its agent's host "
-                "or service ended, and nobody knows how far it came; it is not run again by "
-                "itself: see whether the VM is on, and where, then cut over or boot by hand, or "
-                "update --cutover auto to run the hook again",
-                hook=self.hook.name,
-                side=self.hook.side,
+            raise self.interrupted(
+                "was under way when its agent's host or service ended, and nobody knows how far it "
+                "came"
             )
         self._judge()
+
+    def interrupted(self, how: str) -> FailedPrecondition:
+        """Return the error of a hook that a person has to look after."""
+        return FailedPrecondition(
+            "HOOK_INTERRUPTED",
+            f"the {self.hook.side}'s {self.hook.name} hook {how}; it is not run again by itself: "
+            "see whether the VM is on, and where, then cut over or boot by hand, or "
+            "update --cutover auto to run the hook again",
+            hook=self.hook.name,
+            side=self.hook.side,
+        )
 
     @property
     def is_running(self) -> bool:

@@ -36,7 +36,8 @@ class SourceRecord:
 
     `devices` is what each source was (major, minor, disk sequence); `epoch` counts the connections
     to the target; `releasing`: the fence may be up and the target asked to take over; `opening`:
-    how fast round 0 was; `step`, `attempt`, `stopped` and `off_at_seconds` are the autopilot's;
+    how fast round 0 was; `step`, `attempt`, `stopped`, `off_at_seconds` and `step_boot_id` (none in
+    records of older agents) are the autopilot's;
     `owed`: it has failed or was cancelled, and its fence or its target may not be let go yet;
     `nameplates`: what the sources are on every boot (none in records of older agents).
     """
@@ -61,6 +62,7 @@ class SourceRecord:
     off_at_seconds: float | None = None
     owed: bool = False
     nameplates: tuple[str, ...] = ()
+    step_boot_id: str = ""
 
     def nameplate(self, index: int) -> str:
         """Return what a source is on every boot; empty if nobody knows."""

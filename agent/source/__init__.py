@@ -123,6 +123,8 @@ class SourceMigration:
             attempt=record.attempt if record else 0,
             stopped=record.stopped if record else None,
             off_at_seconds=record.off_at_seconds if record else None,
+            boot_id=self._prepared.request.boot_id,
+            step_boot_id=record.step_boot_id or record.boot_id if record else "",
         )
 
     def _restore(self, record: SourceRecord) -> None:

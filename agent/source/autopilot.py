@@ -28,6 +28,8 @@ TRIES = 3
 _READY = (State.SYNCING, State.CONVERGED)
 FLYING = (Step.QUIESCING, Step.CUTTING_OVER, Step.BOOTING)
 """Steps in which the agents have their hands on the VM."""
+_OFF = (Step.QUIESCING, Step.CUTTING_OVER)
+"""Steps in which the VM is off, or about to be: true of one boot of its host only."""
 
 
 class Vessel(Protocol):
@@ -56,7 +58,9 @@ class Vessel(Protocol):
 
 
 class Autopilot:
-    """One migration's. `step`, `attempt`, `stopped`, `off_at_seconds` are written down with it."""
+    """One migration's. `step`, `attempt`, `stopped`, `off_at_seconds` and `step_boot_id` are
+    written down with it; `boot_id` is that of this host now.
+    """
 
     def __init__(
         self,
@@ -69,6 +73,8 @@ class Autopilot:
         attempt: int = 0,
         stopped: WarmsyncError | None = None,
         off_at_seconds: float | None = None,
+        boot_id: str = "",
+        step_boot_id: str = "",
     ) -> None:
         self._vessel = vessel
         self._plan = plan
@@ -80,6 +86,9 @@ class Autopilot:
         self.stopped = stopped
         self.off_at_seconds = off_at_seconds
         """When the VM was off (wall clock), for the cutover that is under way."""
+        self._boot_id = boot_id
+        self.step_boot_id = step_boot_id or boot_id
+        """Of the boot on which the step was entered."""
         self._found = step
         self._task: asyncio.Task[None] | None = None
 
@@ -146,6 +155,7 @@ class Autopilot:
 
     async def _fly(self) -> None:
         plan = self._plan()
+        await self._check_boot(plan)
         if self.step is Step.WAITING:
             await self._until(_READY if plan.cold else (State.CONVERGED,))
             if self._vessel.state not in _READY:
@@ -167,6 +177,31 @@ class Autopilot:
             self._enter(Step.BOOTING)
         if self.step is Step.BOOTING:
             await self._boot()
+
+    async def _check_boot(self, plan: Plan) -> None:
+        """Raise FailedPrecondition HOOK_INTERRUPTED, or HOST_REBOOTED where there was no hook, if
+        the VM was off on an earlier boot of this host: it may have been started with it.
+
+        Not once the target owns: if it was asked to take over, its answer is waited for.
+        """
+        is_off = self.step in _OFF or (self.step is Step.WAITING and plan.cold)
+        if not is_off or self.step_boot_id == self._boot_id:
+            return
+        await self._until(tuple(state for state in State if state is not State.CUTTING_OVER))
+        if self._vessel.state is State.CUT_OVER or self._vessel.state.is_terminal:
+            return
+        if plan.quiesces:
+            raise self._hook.interrupted(
+                "was begun before its host was rebooted, and nobody knows whether the VM is on "
+                "again"
+            )
+        raise FailedPrecondition(
+            "HOST_REBOOTED",
+            f"the host of migration {plan.id}'s source was rebooted since its VM was off, and "
+            "nobody knows whether it is on again; the source owns the disks: make sure that the VM "
+            f"is off there, then warmsync cutover {plan.id} --force",
+            id=plan.id,
+        )
 
     async def _quiesce(self) -> None:
         """The step is written down before the hook starts: then it is never begun twice."""
@@ -226,6 +261,7 @@ class Autopilot:
 
     def _enter(self, step: Step) -> None:
         before, self.step = self.step, step
+        self.step_boot_id = self._boot_id
         try:
             self._vessel.write_down()
         except WarmsyncError:

@@ -191,6 +191,7 @@ class Books:
             attempt=self._autopilot.attempt,
             stopped=self._autopilot.stopped,
             off_at_seconds=self._autopilot.off_at_seconds,
+            step_boot_id=self._autopilot.step_boot_id,
             owed=self._is_owed,
             nameplates=tuple(disk.nameplate for disk in self._sender.disks),
         )

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from agent.bell import Bell
 from agent.errors import ResourceExhausted, WarmsyncError
 from agent.hook import Hook, HookRun, no_hook
-from agent.migration import Plan, Step, Volume
+from agent.migration import Mode, Plan, Step, Volume
 from agent.source.autopilot import Autopilot
 from agent.state import State
 from tests.agent.ends import until
@@ -168,3 +169,98 @@ def test_the_vm_is_off_since_the_end_of_the_hook(tmp_path: Path) -> None:
     ship, pilot = fly_on(HookRun(Hook("quiesce", "source", ("true",), 1.0), kept), Step.QUIESCING)
     assert HOUR <= ship.off_for[0] < 2 * HOUR
     assert pilot.off_at_seconds == pytest.approx(ended)
+
+
+class Rebooted(Ship):
+    """The agent is back after a reboot of its host. Remembers why it stopped."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.state = state
+        self.refusal: WarmsyncError | None = None
+
+    def refuse(self, error: WarmsyncError | None) -> None:
+        self.refusal = error
+
+
+COLD = replace(PLAN, cold=True)
+AUTO = replace(PLAN, mode=Mode.AUTO)
+OFF = [(AUTO, Step.QUIESCING), (AUTO, Step.CUTTING_OVER), (COLD, Step.WAITING)]
+REASONS = {AUTO: "HOOK_INTERRUPTED", COLD: "HOST_REBOOTED"}
+
+
+def since_reboot(ship: Ship, plan: Plan, hook: HookRun, step: Step) -> Autopilot:
+    return Autopilot(ship, lambda: plan, hook, dict, step=step, boot_id="now", step_boot_id="then")
+
+
+def come_back(
+    ship: Rebooted, plan: Plan, step: Step, kept: Path, then: State | None = None
+) -> Autopilot:
+    """Go on after a reboot, whose hook had ended well before it; at last the state is `then`."""
+    kept.mkdir()
+    (kept / "result").write_text("0\n")
+    hook = HookRun(Hook("quiesce", "source", ("true",), 1.0), kept)
+
+    async def main() -> Autopilot:
+        pilot = since_reboot(ship, plan, hook, step)
+        pilot.start()
+        await turn()
+        if then is not None:
+            assert (pilot.step, pilot.step_boot_id, ship.refusal) == (step, "then", None)
+            ship.state = then
+            ship.bell.ring()
+            await turn()
+        await pilot.close()
+        return pilot
+
+    found: Autopilot = run(main)
+    return found
+
+
+@pytest.mark.parametrize(("plan", "step"), OFF)
+@pytest.mark.parametrize("state", [State.SEEDING, State.CONVERGED, State.PAUSED])
+def test_a_vm_that_was_off_before_a_reboot_may_be_on(
+    tmp_path: Path, plan: Plan, step: Step, state: State
+) -> None:
+    ship = Rebooted(state)
+    pilot = come_back(ship, plan, step, tmp_path / "kept")
+    assert (pilot.step, ship.cutovers) == (Step.STOPPED, 0)
+    assert ship.refusal is pilot.stopped
+    assert pilot.stopped is not None
+    assert pilot.stopped.reason == REASONS[plan]
+
+
+def test_one_that_was_never_taken_for_off_is_powered_down(tmp_path: Path) -> None:
+    ship = Rebooted(State.SYNCING)
+    assert come_back(ship, AUTO, Step.WAITING, tmp_path / "kept").step is Step.WAITING
+    assert ship.refusal is None
+
+
+@pytest.mark.parametrize("then", [State.SYNCING, State.CUT_OVER, State.FAILED])
+def test_a_target_that_may_own_says_so_before_anything_is_stopped(
+    tmp_path: Path, then: State
+) -> None:
+    """The release was asked for before the reboot: only the target knows who owns."""
+    ship = Rebooted(State.CUTTING_OVER)
+    pilot = come_back(ship, COLD, Step.CUTTING_OVER, tmp_path / "kept", then)
+    steps = {State.SYNCING: Step.STOPPED, State.CUT_OVER: Step.DONE}
+    assert pilot.step is steps.get(then, Step.CUTTING_OVER)
+    assert (ship.refusal is not None) is (then is State.SYNCING)
+    assert ship.cutovers == 0
+
+
+def test_asked_for_again_after_a_reboot_it_goes_on(tmp_path: Path) -> None:
+    """A person has seen that the VM is off."""
+
+    async def main() -> None:
+        ship = Rebooted(State.SYNCING)
+        pilot = since_reboot(ship, COLD, no_hook(), Step.WAITING)
+        pilot.start()
+        await turn()
+        assert pilot.step is Step.STOPPED
+        await pilot.arm()
+        await turn()
+        assert (pilot.step, pilot.step_boot_id, ship.cutovers) == (Step.DONE, "now", 1)
+        await pilot.close()
+
+    run(main)
