@@ -72,7 +72,7 @@ class Hook:
 
 
 class HookRun:
-    """One run of a hook. What is kept of it is in `directory`, until the next run or `forget`."""
+    """One run of a hook. What is kept of it is in `directory`, until `forget`."""
 
     def __init__(self, hook: Hook, directory: Path) -> None:
         self.hook = hook
@@ -82,11 +82,11 @@ class HookRun:
     async def run(self, values: Mapping[str, str]) -> float:
         """Run it to its end; returns seconds. FailedPrecondition HOOK_FAILED, HOOK_UNUSABLE.
 
-        When cancelled (the agent stops), the hook goes on; `rejoin` finds it.
+        Nothing may be kept of a run before: `forget` comes before it is written down that this one
+        begins. When cancelled (the agent stops), the hook goes on; `rejoin` finds it.
         """
         self.hook.check()
         started = time.monotonic()
-        self.forget()
         try:
             self._start(values)
         except OSError as error:

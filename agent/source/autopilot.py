@@ -161,6 +161,7 @@ class Autopilot:
             if self._vessel.state not in _READY:
                 return
             self.off_at_seconds = None if plan.quiesces else time.time()
+            self._hook.forget()  # before an agent that comes back looks for this run's end
             self._enter(Step.QUIESCING if plan.quiesces else Step.CUTTING_OVER)
         if self.step is Step.QUIESCING:
             await self._quiesce()

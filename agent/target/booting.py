@@ -81,6 +81,7 @@ class Booting:
 
     def _note(self, attempt: int) -> None:
         self._hook.hook.check()
+        self._hook.forget()  # before an agent that comes back looks for this attempt's end
         before = self._attempt, self._seconds, self.error
         self._attempt, self._seconds, self.error = attempt, None, None
         try:

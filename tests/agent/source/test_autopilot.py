@@ -264,3 +264,46 @@ def test_asked_for_again_after_a_reboot_it_goes_on(tmp_path: Path) -> None:
         await pilot.close()
 
     run(main)
+
+
+class Killed(BaseException):
+    """The agent is killed at this place."""
+
+
+class Dying(Ship):
+    """Its agent is killed when a step is written down."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.pilot: Autopilot
+        self._step = step
+
+    def write_down(self, counted: Mapping[str, float] | None = None) -> None:
+        if self.pilot.step is self._step:
+            raise Killed
+
+
+def test_the_end_of_an_earlier_hook_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    """That one ended well, and the cutover was refused; killed before this one has begun."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "result").write_text("0\n")
+    hook = HookRun(Hook("quiesce", "source", ("true",), 1.0), kept)
+
+    async def main() -> None:
+        ship = Dying(Step.QUIESCING)
+        ship.pilot = Autopilot(ship, lambda: AUTO, hook, dict)
+        await ship.pilot.arm()
+        ship.converge()
+        await turn()
+        assert ship.pilot.step is Step.QUIESCING
+        back = Rebooted(State.CONVERGED)
+        pilot = Autopilot(back, lambda: AUTO, hook, dict, step=Step.QUIESCING)
+        pilot.start()
+        await turn()
+        assert (pilot.step, back.cutovers) == (Step.STOPPED, 0)
+        assert pilot.stopped is not None
+        assert pilot.stopped.reason == "HOOK_INTERRUPTED"
+        await pilot.close()
+
+    run(main)

@@ -6,17 +6,21 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.config import HooksConfig
+from agent.hook import Hook, HookRun
 from agent.registry import Registry
 from agent.state import State
-from agent.target import TargetSession
+from agent.target import TargetSession, new_session
+from agent.target.booting import Booting
 from agent.target.claim import open_devices
 from native.blockio import BlockDevice
+from tests.agent.carriers.rig import request
 from tests.agent.certificates import hand_over
 from tests.agent.target.sessions import Steps, assert_state, receive, refusal, trial
 
@@ -40,6 +44,10 @@ def trial_with_hook(source: Path, target: Path, steps: Steps) -> None:
         await steps(registry, session)
 
     trial(target, released, hooks=HooksConfig(boot=(str(hook),)))
+
+
+class Killed(BaseException):
+    """The agent is killed at this place."""
 
 
 class Door:
@@ -120,3 +128,27 @@ def test_what_is_about_to_be_booted_is_not_taken_back(source: Path, target: Path
         assert boots(target) == 1
 
     trial_with_hook(source, target, steps)
+
+
+def test_the_end_of_an_earlier_attempt_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    """The agent is killed once the second attempt is written down, before its hook has begun."""
+    run = HookRun(Hook("boot", "target", ("/bin/true",), 5.0), tmp_path / "kept")
+    record = new_session(request([tmp_path / "target"]))
+
+    async def first() -> float:
+        booting = Booting(run, {}, lambda seconds: None, record)
+        booting.begin(1)
+        return await booting.result()
+
+    def die(seconds: float | None) -> None:
+        raise Killed
+
+    async def second() -> None:
+        with pytest.raises(Killed):
+            Booting(run, {}, die, replace(record, boot_attempt=1, boot_seconds=0.1)).begin(2)
+        back = Booting(run, {}, lambda seconds: None, replace(record, boot_attempt=2))
+        back.begin(2)
+        assert await refusal(back.result()) == "HOOK_INTERRUPTED"
+
+    assert asyncio.run(first()) > 0
+    asyncio.run(second())
