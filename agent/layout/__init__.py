@@ -21,10 +21,10 @@ class Layout:
 
     def check_growable(self) -> None:
         """Raise FailedPrecondition GROW_UNSUPPORTED unless `content` can be grown."""
-        last = self.table.last
-        if last is not None and last.is_extended:
-            raise _unsupported("its last partition is an extended one")
+        if self.table.has_more:  # behind what is taken for the last, perhaps
+            raise _unsupported("its MBR has logical partitions or entries without a type")
         if self.content.kind not in SIZED:
+            last = self.table.last
             where = f"partition {last.number}" if last else "it"
             raise _unsupported(f"{where} holds {NAMES[self.content.kind]}")
 

@@ -68,6 +68,18 @@ class Table:
         return max(self.partitions, key=lambda one: one.end_bytes, default=None)
 
     @property
+    def has_more(self) -> bool:
+        """Return whether kernels may find partitions there that `partitions` does not tell of.
+
+        Linux does not hold a logical partition to its extended one, and uses entries of type 0.
+        """
+        if self.scheme is not Scheme.MBR:
+            return False
+        sized = [struct.unpack_from("<I", self.boot, 458 + 16 * i)[0] for i in range(4)]
+        untyped = any(size and not self.boot[450 + 16 * i] for i, size in enumerate(sized))
+        return untyped or any(one.is_extended for one in self.partitions)
+
+    @property
     def least_bytes(self) -> int:
         """Return what a disk must have at least for this table: GPT keeps a copy at its end."""
         end = max((one.end_bytes for one in self.partitions), default=0)

@@ -10,7 +10,6 @@ its superblock says, if nothing in its journal says otherwise.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 from agent.errors import FailedPrecondition
@@ -79,18 +78,8 @@ def _has_journal_left(read: Read, content: Content) -> bool:
     return content.needs_replay
 
 
-def _has_more(table: Table) -> bool:
-    """Return whether kernels may find partitions there that the four entries do not tell of.
-
-    Linux does not hold a logical partition to its extended one, and uses entries of type 0.
-    """
-    sized = [struct.unpack_from("<I", table.boot, 458 + 16 * i)[0] for i in range(4)]
-    untyped = any(size and not table.boot[450 + 16 * i] for i, size in enumerate(sized))
-    return untyped or any(one.is_extended for one in table.partitions)
-
-
 def _reach_of_table(read: Read, table: Table) -> Reach:
-    if table.scheme is Scheme.MBR and _has_more(table):
+    if table.has_more:
         return Reach("an MBR with logical partitions or entries without a type", None)
     last = table.last
     if last is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -114,6 +115,30 @@ def test_what_nobody_can_grow_is_left_alone(make_disk: Make, place: Path, what: 
         file.seek(at)
         file.write(mark)
     assert refusal(disk, place).reason == "GROW_UNSUPPORTED"
+
+
+@pytest.mark.parametrize("what", ["untyped", "logical"])
+def test_what_lies_behind_an_mbrs_last_partition_is_not_grown_over(
+    make_disk: Make, place: Path, what: str
+) -> None:
+    """Linux uses an entry of type 0, and holds no logical partition to its extended one."""
+    disk = make_disk("ext4", "mbr")
+    start, size = disk.data_bytes, 8 * MIB
+    with Path(disk.path).open("rb+") as file:
+        entry = (446 + 2 * 16, 0, start // 512)
+        if what == "logical":
+            file.seek(446 + 16 + 4)
+            file.write(b"\x05")
+            file.seek(MIB + 510)
+            file.write(b"\x55\xaa")
+            entry = (MIB + 446, 0x83, (start - MIB) // 512)
+        file.seek(entry[0])
+        file.write(struct.pack("<4xB3xII", entry[1], entry[2], size // 512))
+        file.seek(start)
+        file.write(os.urandom(size))
+    error = refusal(replace(disk, data_bytes=start + size), place)
+    assert error.reason == "GROW_UNSUPPORTED"
+    assert "logical partitions or entries without a type" in str(error)
 
 
 @pytest.mark.parametrize("name", ["e2fsck", "resize2fs", "setpriv", "mount"])
