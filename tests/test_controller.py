@@ -43,6 +43,20 @@ class Taken(FakeAgent):
         return name == "evacuate-web1" and self.ids.count(name) <= self.unseen
 
 
+class Remembering(FakeAgent):
+    """A target that knows a migration whose source has forgotten it."""
+
+    def __init__(self, state: pb.State, owner: pb.Owner) -> None:
+        super().__init__()
+        self._state = state
+        self._owner = owner
+
+    async def GetMigration(self, request: Any, context: Any) -> Any:  # noqa: N802
+        known = migration(request.name.removeprefix("migrations/"), state=self._state)
+        known.role, known.owner = pb.ROLE_TARGET, self._owner
+        return known
+
+
 class Refusing(Taken):
     """Takes no cutover: the copies are as they are, the VM is off."""
 
@@ -59,9 +73,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller_module, "RETRY_SECONDS", 0.01)
 
 
-def evacuate(fake: FakeAgent, *, power_down: str = "true", boot: str = "true") -> int:
+def evacuate(
+    fake: FakeAgent, *, peer: str = "there:7070", power_down: str = "true", boot: str = "true"
+) -> int:
     """Evacuate one machine from an agent; returns how many were left behind."""
-    machines = (Machine("web1", "there:7070", (("/dev/a", "/dev/b"),)),)
+    machines = (Machine("web1", peer, (("/dev/a", "/dev/b"),)),)
 
     async def main(address: str) -> int:
         plan = Evacuation(address, (power_down,), (boot,), machines, {}, tries=2)
@@ -81,12 +97,41 @@ def test_what_is_still_being_created_is_waited_for(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.splitlines() == said
 
 
-def test_an_id_that_only_the_target_knows_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("state", "owner", "begins"),
+    [
+        (pb.STATE_CANCELLED, pb.OWNER_SOURCE, True),
+        (pb.STATE_COMPLETED, pb.OWNER_TARGET, False),
+        (pb.STATE_CUT_OVER, pb.OWNER_TARGET, False),
+        (pb.STATE_SYNCING, pb.OWNER_SOURCE, False),
+    ],
+    ids=["cancelled", "finished", "cut over", "syncing"],
+)
+def test_an_id_that_only_the_target_knows(
+    state: pb.State,
+    owner: pb.Owner,
+    begins: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Begun anew only if the VM cannot run there: its disks would be written over."""
     monkeypatch.setattr(controller_module, "UNSEEN_SECONDS", 0.1)
     fake = Taken(unseen=10**6)
-    assert evacuate(fake) == 0
-    assert fake.ids[0] == "evacuate-web1"
-    assert fake.ids[-1] == "evacuate-web1-2"
+    with pretending(fake=Remembering(state, owner)) as target:
+        assert evacuate(fake, peer=target.address) == (0 if begins else 1)
+    assert set(fake.ids) == {"evacuate-web1", *(["evacuate-web1-2"] if begins else [])}
+    if not begins:
+        name = pb.State.Name(state).removeprefix("STATE_")
+        said = f"LEFT BEHIND: only {target.address} knows of evacuate-web1, which is {name} there"
+        assert said in capsys.readouterr().out
+
+
+def test_an_id_that_nobody_knows_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "UNSEEN_SECONDS", 0.1)
+    fake = Taken(unseen=10**6)
+    with pretending() as target:
+        assert evacuate(fake, peer=target.address) == 1
+    assert set(fake.ids) == {"evacuate-web1"}
 
 
 def test_disks_that_nobody_is_known_to_own_are_left_to_a_person(

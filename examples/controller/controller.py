@@ -89,9 +89,23 @@ class Controller:
             except grpc.aio.AioRpcError as error:
                 if error.code() != grpc.StatusCode.NOT_FOUND:
                     raise
-            if time.monotonic() > unseen_until:  # only the target knows of it
-                return pb.Migration(state=pb.STATE_FAILED)
+            if time.monotonic() > unseen_until:
+                return await self._ask_target(vm, name)
             await asyncio.sleep(RETRY_SECONDS)
+
+    async def _ask_target(self, vm: Machine, name: str) -> pb.Migration:
+        """Return how it ended, of which only the target still knows: the VM may run there."""
+        async with open_channel(self._plan, vm.peer) as channel:
+            request = service.GetMigrationRequest(name=f"migrations/{name}")
+            last: pb.Migration = await MigrationServiceStub(channel).GetMigration(
+                request, timeout=CREATE_SECONDS
+            )
+        if last.state not in _OVER or last.owner != pb.OWNER_SOURCE:
+            raise NeedsAPerson(
+                f"only {vm.peer} knows of {name}, which is {name_of(last)} there; if the VM runs "
+                "there take it off the list, else end that migration there and delete it"
+            )
+        return last
 
     async def _create(self, vm: Machine, name: str) -> str:
         """Return what there is to say of it."""
@@ -180,18 +194,18 @@ def name_of(migration: pb.Migration) -> str:
     return pb.State.Name(migration.state).removeprefix("STATE_")
 
 
-def open_channel(plan: Evacuation) -> grpc.aio.Channel:
-    """Return a channel to the source's agent."""
+def open_channel(plan: Evacuation, address: str) -> grpc.aio.Channel:
+    """Return a channel to an agent."""
     if not plan.tls:
-        return grpc.aio.insecure_channel(plan.source)
+        return grpc.aio.insecure_channel(address)
     key, cert, ca = (Path(plan.tls[name]).read_bytes() for name in ("key", "cert", "ca"))
-    return grpc.aio.secure_channel(plan.source, grpc.ssl_channel_credentials(ca, key, cert))
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert))
 
 
 async def main(path: str) -> int:
     """Evacuate as a file says; returns the exit code."""
     plan = load(Path(path))
-    async with open_channel(plan) as channel:
+    async with open_channel(plan, plan.source) as channel:
         return 1 if await Controller(plan, channel).evacuate() else 0
 
 

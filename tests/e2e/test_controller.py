@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from examples.controller import controller as controller_module
 from tests import content
 from tests.devices import LoopDevice
 from tests.e2e import disks
@@ -52,6 +54,7 @@ class Rack:
         self.machines: list[dict[str, Any]] = []
         self.calls = directory / "calls"
         self.calls.touch()
+        self.plan = directory / "plan.json"
         for name, text in (("power-down", POWER_DOWN), ("boot", BOOT)):
             self.script(name, text.format(directory))
 
@@ -79,10 +82,9 @@ class Rack:
             "boot": [str(self.directory / "boot")],
             "vm": self.machines,
         }
-        file = self.directory / "plan.json"
-        file.write_text(json.dumps(plan))
+        self.plan.write_text(json.dumps(plan))
         process = subprocess.Popen(
-            [sys.executable, "-m", "examples.controller.controller", str(file)],
+            [sys.executable, "-m", "examples.controller.controller", str(self.plan)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
@@ -174,3 +176,21 @@ def test_what_failed_is_begun_anew(rack: Rack, make_volume: Callable[[], tuple[s
     assert controller.returncode == 0, out
     assert "CANCELLED" in out
     disks.assert_equal(source, target)
+
+
+def test_what_its_source_has_forgotten_is_not_written_over(
+    rack: Rack, make_volume: Callable[[], tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The VM runs on the target, and its disk there is as free as any other."""
+    source, target = make_volume()
+    rack.add("web1", [(source, target)])
+    controller = rack.start()
+    out, _ = controller.communicate(timeout=2 * SECONDS)
+    assert controller.returncode == 0, out
+    rack.pair.source.ask("delete", "evacuate-web1")
+    content.fill(target, 3)
+    before = content.read_all(target)
+    monkeypatch.setattr(controller_module, "UNSEEN_SECONDS", 1.0)
+    assert asyncio.run(controller_module.main(str(rack.plan))) == 1
+    assert rack.pair.source.ask("list")["migrations"] == []
+    assert content.read_all(target) == before
