@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import pytest
 from warmsync.v1 import migration_pb2 as pb
+from warmsync.v1 import migration_service_pb2 as service
 
 from agent.errors import AlreadyExists, FailedPrecondition, NotFound
+from agent.rpc.errors import to_status
 from examples.controller import controller as controller_module
 from examples.controller.controller import Controller
 from examples.controller.plan import Evacuation, Machine
@@ -66,6 +69,29 @@ class Refusing(Taken):
 
     async def CutOverMigration(self, request: Any, context: Any) -> Any:  # noqa: N802
         raise FailedPrecondition("SOURCE_UNREADABLE", "a block cannot be read")
+
+
+class Undecided(FakeAgent):
+    """A release is not answered: never, or until the message was told `answered` times."""
+
+    def __init__(self, answered: int) -> None:
+        super().__init__()
+        self._answered = answered
+        self._state = pb.STATE_CUT_OVER
+
+    async def WatchMigration(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        while self._answered and self._state == pb.STATE_CUT_OVER:
+            message = migration(state=pb.STATE_CUTTING_OVER)
+            message.owner = pb.OWNER_NOBODY
+            message.last_refusal.CopyFrom(to_status(FailedPrecondition("OWNER_UNKNOWN", "nobody")))
+            yield service.WatchMigrationResponse(migration=message)
+            await asyncio.sleep(0.02)  # it is told again with each try
+            self._answered -= 1
+        yield service.WatchMigrationResponse(migration=migration(state=self._state))
+
+    async def FinishMigration(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._state = pb.STATE_COMPLETED
+        return migration(state=self._state)
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +170,24 @@ def test_disks_that_nobody_is_known_to_own_are_left_to_a_person(
     assert evacuate(fake) == 1
     assert fake.ids == ["evacuate-web1"]
     assert "LEFT BEHIND: source /dev/x: check the disk" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answered", [10**6, 3], ids=["never", "in time"])
+def test_a_release_that_is_not_answered_is_left_to_a_person(
+    answered: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Once it is answered there is time for everything."""
+    monkeypatch.setattr(controller_module, "UNKNOWN_SECONDS", 0.5)
+    boot = tmp_path / "boot"
+    boot.write_text("#!/bin/sh\nsleep 1\n")
+    boot.chmod(0o755)
+    is_left = answered > 3
+    assert evacuate(Undecided(answered), boot=str(boot)) == is_left
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == ("web1: LEFT BEHIND: nobody" if is_left else "web1: evacuated")
 
 
 @pytest.mark.parametrize(

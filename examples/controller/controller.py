@@ -25,6 +25,8 @@ RETRY_SECONDS = 1.0
 CREATE_SECONDS = 60.0
 UNSEEN_SECONDS = 2 * CREATE_SECONDS
 """How long an id may be taken by a migration that is not to be seen: one is being created."""
+UNKNOWN_SECONDS = 60.0
+"""How long nobody may know who owns the disks before a person is asked; the agent asks on."""
 _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _AGAIN = (*_PASSING, grpc.StatusCode.FAILED_PRECONDITION)
 _OVER = (pb.STATE_FAILED, pb.STATE_CANCELLED, pb.STATE_ROLLED_BACK)
@@ -145,15 +147,24 @@ class Controller:
     async def _watch(self, vm: Machine, name: str) -> pb.Migration | None:
         """Wait until there is something to do, and do it. Returns a migration that has ended."""
         request = service.WatchMigrationRequest(name=f"migrations/{name}")
-        async for answer in self._agent.WatchMigration(request):
-            migration: pb.Migration = answer.migration
-            if migration.state in (*_OVER, pb.STATE_COMPLETED):
-                return migration
-            if migration.state == pb.STATE_PAUSED and migration.HasField("last_refusal"):
-                raise NeedsAPerson(migration.last_refusal.message)
-            if migration.state in (pb.STATE_CONVERGED, pb.STATE_CUT_OVER):
-                await self._act(vm, migration)
-                break  # what the stream holds by now is old
+        migration: pb.Migration = pb.Migration()
+        try:
+            async with asyncio.timeout(None) as patience:
+                async for answer in self._agent.WatchMigration(request):
+                    migration = answer.migration
+                    if migration.state in (*_OVER, pb.STATE_COMPLETED):
+                        return migration
+                    if migration.state == pb.STATE_PAUSED and migration.HasField("last_refusal"):
+                        raise NeedsAPerson(migration.last_refusal.message)
+                    if not is_owner_unknown(migration):
+                        patience.reschedule(None)
+                    elif patience.when() is None:
+                        patience.reschedule(asyncio.get_running_loop().time() + UNKNOWN_SECONDS)
+                    if migration.state in (pb.STATE_CONVERGED, pb.STATE_CUT_OVER):
+                        await self._act(vm, migration)
+                        break  # what the stream holds by now is old
+        except TimeoutError as error:
+            raise NeedsAPerson(migration.last_refusal.message) from error
         return None
 
     async def _act(self, vm: Machine, migration: pb.Migration) -> None:
@@ -192,6 +203,12 @@ def say(vm: Machine, what: str) -> None:
 def name_of(migration: pb.Migration) -> str:
     """Return "FAILED", say."""
     return pb.State.Name(migration.state).removeprefix("STATE_")
+
+
+def is_owner_unknown(migration: pb.Migration) -> bool:
+    """Return whether a release was never answered: the target has the disks, or has not."""
+    refused = migration.state == pb.STATE_CUTTING_OVER and migration.HasField("last_refusal")
+    return refused and migration.owner == pb.OWNER_NOBODY
 
 
 def open_channel(plan: Evacuation, address: str) -> grpc.aio.Channel:
