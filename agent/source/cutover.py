@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from agent.certificate import Certificate, verify
 from agent.certificate.statement import Statement, canonical
 from agent.disk import SourceDisk, not_quiesced
-from agent.errors import FailedPrecondition, Unavailable, WarmsyncError, is_from_transport
+from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
 from agent.migration import DowntimeParts, Role
 from agent.peer import Peer
 from agent.sender import Sender
@@ -28,6 +28,20 @@ RELEASE_SECONDS = 30.0
 """How long the release is asked for again when the target does not answer."""
 
 _RETRY_SECONDS = 0.5
+
+_REFUSALS = frozenset({"NOT_PROVEN", "NOT_RELEASABLE"})
+"""What a target says that was not released."""
+_FIRST_REFUSALS = frozenset(
+    {
+        "BAD_CUTOVER_CERTIFICATE",
+        "ROOTS_DIFFER",
+        "SESSION_NOT_FOUND",
+        "SESSION_SUPERSEDED",
+        "SIGNATURE_INVALID",
+        "STATE_NOT_KEPT",
+    }
+)
+"""What says so of one request only: an earlier one may have been heard, or be yet to come."""
 
 
 class Cutover:
@@ -204,11 +218,7 @@ def unknown_owner(address: str) -> FailedPrecondition:
 
 
 def _is_refusal(error: WarmsyncError, *, is_first: bool) -> bool:
-    """Return whether the target says that it was not released.
-
-    What the transport says, or a failure within, may come after it was. So may a session that
-    cannot be found any more, unless nothing was asked before.
-    """
-    if isinstance(error, Unavailable) or is_from_transport(error) or error.reason == "INTERNAL":
+    """Return whether the target says that it was not released; all else may come after it was."""
+    if isinstance(error, Unavailable):  # whatever its reason: it may be so, or become so
         return False
-    return is_first or not error.reason.startswith("SESSION_")
+    return error.reason in _REFUSALS or (is_first and error.reason in _FIRST_REFUSALS)

@@ -94,7 +94,8 @@ class Delivery:
         NOT_PROVEN unless it says what was read back here, and nothing was written since.
         """
         ledger = self._ledger
-        if ledger.state is State.CUT_OVER:
+        # Ended by a person meanwhile, who has seen the release that its source has not.
+        if ledger.state in (State.CUT_OVER, State.COMPLETED):
             return signature_of(ledger.certificate.encode(), Role.TARGET)
         self._check_releasable(generation)
         self._intake.join()

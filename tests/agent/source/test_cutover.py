@@ -12,7 +12,15 @@ import pytest
 from agent import disk as disk_module
 from agent.certificate import verify
 from agent.disk import SourceDisk
-from agent.errors import FailedPrecondition, NotFound, Unavailable, WarmsyncError
+from agent.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    WarmsyncError,
+)
 from agent.migration import Depth
 from agent.peer import Proof
 from agent.source import cutover as cutover_module
@@ -241,6 +249,9 @@ def test_a_refusal_after_silence_counts(end: Source, monkeypatch: pytest.MonkeyP
         WarmsyncError("PEER_UNKNOWN", "the answer was spoilt"),
         WarmsyncError("CALL_CANCELLED", "the stream was reset"),
         WarmsyncError("INTERNAL", "it failed behind the release"),
+        FailedPrecondition("UNKNOWN", "the answer gave no reason"),
+        FailedPrecondition("OF_A_LATER_VERSION", "who knows"),
+        Unavailable("STATE_NOT_KEPT", "the next start may find it released"),
     ],
     ids=lambda error: error.reason,
 )
@@ -261,18 +272,42 @@ def test_what_no_target_said_is_no_refusal(
     run(main)
 
 
-def test_a_session_that_is_lost_after_silence_leaves_the_owner_unknown(
-    end: Source, monkeypatch: pytest.MonkeyPatch
+OF_ONE_REQUEST = [
+    NotFound("SESSION_NOT_FOUND", "no"),
+    FailedPrecondition("SESSION_SUPERSEDED", "no"),
+    InvalidArgument("BAD_CUTOVER_CERTIFICATE", "damaged, or it is what the target kept"),
+    DataLoss("SIGNATURE_INVALID", "damaged"),
+    ResourceExhausted("STATE_NOT_KEPT", "full"),
+]
+
+
+@pytest.mark.parametrize("error", OF_ONE_REQUEST, ids=lambda error: error.reason)
+def test_what_a_later_request_is_told_leaves_the_owner_unknown(
+    end: Source, monkeypatch: pytest.MonkeyPatch, error: WarmsyncError
 ) -> None:
+    """A session that is lost, or a request that is damaged, says nothing of the one before."""
     monkeypatch.setattr(cutover_module, "_RETRY_SECONDS", 0.01)
     monkeypatch.setattr(cutover_module, "RELEASE_SECONDS", 0.2)
 
     async def main() -> None:
         cutover = await seeded(end)
-        end.peer.errors["release"] = [GONE, *[NotFound("SESSION_NOT_FOUND", "no")] * 100]
+        end.peer.errors["release"] = [GONE, *[error] * 100]
         assert (await refusal(cutover)).reason == "OWNER_UNKNOWN"
         assert cutover.releasing
         assert end.is_fenced()
+
+    run(main)
+
+
+@pytest.mark.parametrize("error", OF_ONE_REQUEST, ids=lambda error: error.reason)
+def test_what_is_said_of_the_first_request_is_said_of_all(
+    end: Source, error: WarmsyncError
+) -> None:
+    async def main() -> None:
+        cutover = await seeded(end)
+        end.peer.errors["release"] = [error]
+        assert (await refusal(cutover)).reason == error.reason
+        assert not cutover.releasing
 
     run(main)
 

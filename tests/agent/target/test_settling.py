@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from agent.certificate.statement import canonical
 from agent.errors import FailedPrecondition, ResourceExhausted, WarmsyncError
 from agent.journal import Journal
-from agent.migration import Owner
+from agent.migration import Owner, Role
 from agent.registry import Registry
 from agent.state import Event, State
 from agent.target import TargetSession
 from native.blockio import BlockDevice
 from tests.agent.carriers.rig import request
+from tests.agent.certificates import signer, statement_of
 from tests.agent.rpc_helpers import run
 from tests.agent.target.sessions import (
+    STEP,
     assert_state,
     is_claimed,
     receive,
@@ -23,6 +26,7 @@ from tests.agent.target.sessions import (
     registry_of,
     trial,
 )
+from tests.content import read_all
 
 ENDS = {Owner.SOURCE: State.ROLLED_BACK, Owner.TARGET: State.COMPLETED}
 
@@ -80,6 +84,29 @@ def test_a_source_that_comes_back_hears_of_it(source: Path, target: Path, owner:
         assert caught.value.reason == "SOURCE_FAILED"
         await session.reclaim((str(target),))
         assert_state(session, State.ROLLED_BACK)
+
+    trial(target, steps)
+
+
+@pytest.mark.parametrize("owner", ENDS)
+def test_a_release_that_is_asked_again_after_it_was_settled(
+    source: Path, target: Path, owner: Owner
+) -> None:
+    """Its answer was lost, and a person has seen that it was carried out."""
+
+    async def steps(registry: Registry, session: TargetSession) -> None:
+        session.begin_stream()
+        await receive(session, source)
+        said = statement_of(session, 1, await session.prove(1))
+        asked = (1, canonical(said), signer(Role.SOURCE).sign(said, Role.SOURCE))
+        own = session.release(*asked)
+        await registry.settle(session.id, owner)
+        if owner is Owner.TARGET:
+            assert session.release(*asked) == own
+        else:
+            assert refused(lambda: session.release(*asked)) == "NOT_RELEASABLE"
+        assert_state(session, ENDS[owner])
+        assert read_all(target)[:STEP] == read_all(source)[:STEP]
 
     trial(target, steps)
 
