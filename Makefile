@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # -qq and no warnings: an index that lacks something, an editable install. Errors are still said.
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install -qq --no-build-isolation
 NATIVE := $(wildcard native/*.pyx native/*.pxd native/*.c native/*.h) $(wildcard protos/warmsync/v1/*.proto)
-C_FILES := $(filter %.c %.h,$(NATIVE)) $(wildcard benchmarks/*.c tests/gauntlet/*.c tests/vm/*.c)
+C_FILES := $(filter %.c %.h,$(NATIVE)) $(wildcard benchmarks/*.c tests/agent/*.c tests/gauntlet/*.c tests/vm/*.c)
 # cython-lint looks for pycodestyle on the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

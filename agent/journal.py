@@ -12,11 +12,17 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from agent.errors import NotAllowed, ResourceExhausted, Unavailable, agent_stopped
+from agent.errors import (
+    NotAllowed,
+    ResourceExhausted,
+    Unavailable,
+    WarmsyncError,
+    agent_stopped,
+)
 from agent.migration import Role
 
 _log = logging.getLogger(__name__)
@@ -32,8 +38,26 @@ _SCHEMA = (
 )
 
 
+_TOUCH = f"PRAGMA user_version = {VERSION}"
+"""A commit that changes nothing, and is written: one of a record as it is would not be."""
+
 NOT_KEPT = (ResourceExhausted, Unavailable)
-"""What `Journal.save` raises: its disk is full or fails, or the agent stops. It may not be told."""
+"""What `Journal.save` raises: its disk is full or fails, or the agent stops. It may not be told.
+
+Unavailable STATE_NOT_KEPT leaves it in doubt: the agent's next start may find it all the same.
+"""
+
+_BEFORE_COMMIT = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR_WRITE,
+        sqlite3.SQLITE_READONLY,
+    }
+)
+"""What SQLite says before the whole of a commit is in its log. What comes later, as from the log's
+fsync, is taken back in its memory only: a process that is killed then has committed (tried, 3.40).
+"""
 
 
 class Journal:
@@ -41,6 +65,7 @@ class Journal:
 
     def __init__(self, directory: Path | None) -> None:
         self._closed = False
+        self._is_doubtful = False
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
         if directory is not None:
@@ -61,8 +86,8 @@ class Journal:
         record: dict[str, Any],
         counted: Mapping[str, float] | None = None,
     ) -> None:
-        """Make a record durable in place of the one before. ResourceExhausted STATE_NOT_KEPT, and
-        `side` of whose agent it is.
+        """Make a record durable in place of the one before. ResourceExhausted STATE_NOT_KEPT (that
+        one stays) or Unavailable STATE_NOT_KEPT (it may not), and `side` of whose agent it is.
 
         `counted` is added to the totals at one with it: what the record says is counted once.
         """
@@ -114,15 +139,32 @@ class Journal:
             if self._database is None:  # what is told now must not be forgotten with the agent
                 raise agent_stopped()
             try:
+                self._take_back(self._database)
                 with self._database:
                     yield self._database
             except sqlite3.Error as error:
-                raise ResourceExhausted(
-                    "STATE_NOT_KEPT",
-                    f"the journal in the state directory cannot be written ({error}); free space "
-                    "there and see whether its disk is well",
-                    side=role,
-                ) from error
+                code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_READONLY)  # no code: ours
+                self._is_doubtful |= code not in _BEFORE_COMMIT
+                with suppress(sqlite3.Error):
+                    self._take_back(self._database)
+                raise self._not_kept(error, role) from error
+
+    def _take_back(self, database: sqlite3.Connection) -> None:
+        """Write over a commit that was not kept, so that the next start does not find it."""
+        if self._is_doubtful:
+            database.execute(_TOUCH)
+            self._is_doubtful = False
+
+    def _not_kept(self, error: sqlite3.Error, role: Role) -> WarmsyncError:
+        message = f"the journal in the state directory cannot be written ({error})"
+        mend = "free space there and see whether its disk is well"
+        if not self._is_doubtful:
+            return ResourceExhausted("STATE_NOT_KEPT", f"{message}; {mend}", side=role)
+        return Unavailable(
+            "STATE_NOT_KEPT",
+            f"{message}, and the agent's next start may find there what was to be written; {mend}",
+            side=role,
+        )
 
 
 class _Nowhere:
@@ -158,7 +200,7 @@ def _open(path: Path) -> sqlite3.Connection:
             raise sqlite3.DatabaseError(f"it is of version {version}, this agent's is {VERSION}")
         for table in _SCHEMA:
             database.execute(table)
-        database.execute(f"PRAGMA user_version = {VERSION}")
+        database.execute(_TOUCH)
         # Read now: what is damaged shall be known before anything is built on it.
         _read(database)
     except (ValueError, TypeError, RecursionError) as error:  # of `_read`
