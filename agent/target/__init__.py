@@ -265,11 +265,14 @@ class TargetSession:
             raise FailedPrecondition(
                 "NOT_COMPARABLE", f"the target is {self.state}; nothing to compare", id=self.id
             )
-        if self._holding.devices and not self.state.is_terminal:
-            # What is found equal counts as durable from then on.
-            await self._holding.writer.flush()
-        async for item in self._holding.digests(volume):
-            yield item
+        try:
+            if self._holding.devices and not self.state.is_terminal:
+                # What is found equal counts as durable from then on.
+                await self._holding.writer.flush()
+            async for item in self._holding.digests(volume):
+                yield item
+        except ValueError as error:  # the devices were closed meanwhile
+            raise self._ledger.shut() from error
 
     def abandon(self) -> None:
         """Give up a session whose source is away: its agent may have lost its state for good.

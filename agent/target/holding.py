@@ -144,9 +144,12 @@ class Holding:
     async def digests(self, volume: int) -> AsyncGenerator[tuple[int, bytes], None]:
         """Iterate (offset, chunk digests) over a volume, read from the device itself."""
         spec = self._ledger.plan.volumes[volume]
-        device = await asyncio.get_running_loop().run_in_executor(
-            self._threads, BlockDevice, spec.target
-        )
+        try:
+            device = await asyncio.get_running_loop().run_in_executor(
+                self._threads, BlockDevice, spec.target
+            )
+        except OSError as error:
+            raise io_error("target", error) from error
         is_own = bool(self.devices) and device_key(device) == self._ledger.keys[volume]
         steps = (
             self.witness.digests(volume, device)

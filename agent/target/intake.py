@@ -132,8 +132,14 @@ class Intake:
                 generation=generation,
             )
         self._check_receiving(stream)
-        self._holding.check_sizes()
-        seconds = await self._count_in(self._holding.writer.flush())
+        try:
+            self._holding.check_sizes()
+            seconds = await self._count_in(self._holding.writer.flush())
+        except OSError as error:
+            raise io_error("target", error) from error
+        except (ValueError, RuntimeError):  # as in `write`
+            self._check_receiving(stream)
+            raise
         self._check_receiving(stream)
         self._holding.note_durable()
         self._ledger.acknowledge(generation)

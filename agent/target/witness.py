@@ -147,6 +147,7 @@ class Witness:
 
     def close(self) -> None:
         """Nothing will be proved any more; the files go."""
+        self._era += 1  # a comparison may go on
         for tree, store in zip(self._trees, self._stores, strict=True):
             tree.close()
             store.remove()
