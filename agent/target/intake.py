@@ -75,11 +75,11 @@ class Intake:
         if self._inlet is not None and not self._inlet.is_complete:
             self._inlet.stop()  # the source has given up on data connections
             self._inlet = None
+        if self._ledger.state is State.PENDING:
+            self._ledger.move(Event.SEED)  # first: what is not written down has not begun
         self._stop_waiting()
         self.stream += 1
         self.streaming = True
-        if self._ledger.state is State.PENDING:
-            self._ledger.move(Event.SEED)
         return self.stream
 
     def expect(self, connections: int) -> Inlet:
@@ -103,11 +103,18 @@ class Intake:
         self._check_open()
         inlet.add(connection, index)
         if inlet.is_complete:
-            stream = self.begin_stream()
+            stream = self.stream + 1
+            # First: from here on its own thread waits for its disks, whatever comes of the rest.
             inlet.run(
                 lambda generation: self.flush(generation, stream),
                 lambda error: self.end_stream(error, stream),
             )
+            try:
+                self.begin_stream()
+            except WarmsyncError as error:
+                self.trouble = error  # its source asks why it is cut
+                inlet.stop()
+                raise
 
     async def write(self, frame: memoryview, stream: int) -> int:
         """Write one frame of the open generation; returns its sequence number."""

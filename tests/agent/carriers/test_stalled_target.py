@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from agent.carrier import Carrier
-from agent.errors import DataLoss, FailedPrecondition, WarmsyncError
+from agent.errors import DataLoss, FailedPrecondition, ResourceExhausted, WarmsyncError
 from agent.peer import session_token
+from agent.state import State
 from agent.target import intake as intake_module
 from tests.agent.carriers.conftest import MakeRig
 from tests.agent.carriers.rig import SECRET, SIZE, Rig, frame_of, until
@@ -36,6 +37,15 @@ async def stall(rig: Rig, carrier: Carrier, source: Path) -> asyncio.Task[None]:
     await until(rig.session.bell, lambda: rig.session._intake.streaming)
     await asyncio.sleep(0.3)
     return sending
+
+
+async def send_round(rig: Rig, source: Path) -> None:
+    carrier = await rig.open_carrier()
+    try:
+        await carrier.send(frame_of(source, 0, STEP))
+        await carrier.flush(1)
+    finally:
+        await carrier.close()
 
 
 async def refuse(rig: Rig, epoch: int) -> WarmsyncError:
@@ -75,11 +85,8 @@ def test_a_disk_that_does_not_answer_is_named(
             assert (await rig.peer.resume(SECRET, 4)).generation == 0
             rig.token = session_token(SECRET, 4)
             assert rig.session.snapshot().refusal is None
-            again = await rig.open_carrier()
-            await again.send(frame_of(source, 0, STEP))
-            await again.flush(1)
+            await send_round(rig, source)
             assert read_all(hung)[:STEP] == read_all(source)[:STEP]
-            await again.close()
 
     with fragile_disk(SIZE, volatile=False) as disk:
         run(lambda: main(disk))
@@ -107,6 +114,36 @@ def test_a_session_given_up_over_a_hung_disk_keeps_it_until_it_answers(
             await sending
             await session.ended()
             assert not await asyncio.to_thread(is_claimed, hung)
+
+    with fragile_disk(SIZE, volatile=False) as disk:
+        run(lambda: main(disk))
+
+
+def test_a_stream_that_cannot_be_written_down_is_cut_over_a_hung_disk(
+    make_rig: MakeRig, source: Path
+) -> None:
+    """What has come already is in its threads, and the event loop may not wait for these."""
+
+    async def main(disk: FragileDisk) -> None:
+        hung = Path(disk.path)
+        async with make_rig(hung) as rig:
+            database = rig.registry._journal._database
+            assert database is not None
+            database.execute("PRAGMA query_only = 1")
+            with disk.stalled():
+                with pytest.raises(ResourceExhausted) as caught:
+                    async with asyncio.timeout(10):
+                        await send_round(rig, source)
+                assert caught.value.reason == "STATE_NOT_KEPT"
+                session = rig.session
+                assert (session.state, session._intake.streaming) == (State.PENDING, False)
+                assert session._intake._deadline is not None
+                assert not session._intake._deadline.cancelled()  # it waits for its source
+                database.execute("PRAGMA query_only = 0")
+            await rig.peer.resume(SECRET, 2)
+            rig.token = session_token(SECRET, 2)
+            await send_round(rig, source)
+            assert read_all(hung)[:STEP] == read_all(source)[:STEP]
 
     with fragile_disk(SIZE, volatile=False) as disk:
         run(lambda: main(disk))
