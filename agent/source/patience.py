@@ -32,6 +32,7 @@ an answer, so that one on which nothing gets through is none of these."""
 
 _PASSING = frozenset(
     {
+        "BAD_CUTOVER_CERTIFICATE",
         "BAD_FRAME",
         "FRAMES_MISSING",
         "MIGRATION_EXISTS",  # the session that was not found: its secret came damaged
@@ -40,6 +41,7 @@ _PASSING = frozenset(
         "PROTOCOL_ERROR",
         "SESSION_NOT_FOUND",
         "SESSION_NOT_OPEN",
+        "SIGNATURE_INVALID",
         "WRONG_GENERATION",
     }
 )

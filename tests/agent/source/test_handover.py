@@ -186,7 +186,7 @@ def test_a_failure_in_the_cutover(end: Source, phase: str, monkeypatch: pytest.M
         if phase in ("send", "flush"):
             fail_at("send" if phase == "send" else f"flush {final}")(end)
         elif phase == "release":
-            end.peer.errors["release"] = [FailedPrecondition("BAD_CUTOVER_CERTIFICATE", "no")]
+            end.peer.errors["release"] = [DataLoss("ROOTS_DIFFER", "no")]
         elif phase == "fence":
             monkeypatch.setattr("agent.disk.SourceDisk.fence", lambda disk: 1 / 0)
         else:
@@ -227,11 +227,13 @@ def test_an_internal_error_in_the_release_gives_nothing_back(end: Source) -> Non
     trial(end, steps)
 
 
-@pytest.mark.parametrize("reason", ["NOT_PROVEN", "NOT_RELEASABLE"])
+@pytest.mark.parametrize(
+    "reason", ["NOT_PROVEN", "NOT_RELEASABLE", "BAD_CUTOVER_CERTIFICATE", "SIGNATURE_INVALID"]
+)
 def test_a_release_that_is_refused_for_now_lifts_the_fence(end: Source, reason: str) -> None:
     async def steps(migration: SourceMigration) -> None:
         await reach(migration, State.CONVERGED)
-        end.peer.errors["release"] = [FailedPrecondition(reason, "proved before the restart")]
+        end.peer.errors["release"] = [FailedPrecondition(reason, "restarted, or damaged")]
         with pytest.raises(FailedPrecondition):
             await migration.cut_over(force=False)
         await reach(migration, State.CONVERGED)
