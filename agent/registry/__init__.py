@@ -163,7 +163,8 @@ class Registry:
             await end.settle(owner, self.config.allow_devices)
             return end
         if isinstance(end, SourceMigration) and end.is_giving_up:
-            raise end.stalled()
+            await end.given_back()
+            end = self.get_source(name)
         if isinstance(end, SourceMigration) and end.state.is_terminal:
             record = end.record()
             fence = Fence(record, self._preparation.open_fence)
@@ -286,7 +287,8 @@ class Registry:
         end = self.get(name)
         if not _has_ended(end):
             mend = (
-                "what it still does with its disks has to end before it can be deleted"
+                "what it still does with its disks and its target has to end: delete it again in a "
+                "moment"
                 if end.state.is_terminal
                 else "cancel or finish it before deleting it, or settle it where the other agent "
                 "is gone"

@@ -259,23 +259,31 @@ class SourceMigration:
 
     @property
     def is_giving_up(self) -> bool:
-        """Whether it was cancelled, and still holds what it had: nobody else may have that yet."""
-        return self._cancelling is not None and not self._cancelling.done()
+        """Whether it has ended, and still holds what it had: nobody else may have that yet."""
+        return self.state.is_terminal and not self._ending.over.is_set()
+
+    async def given_back(self) -> None:
+        """Return once it holds nothing any more. Unavailable SOURCE_STALLED if that takes long."""
+        try:
+            async with asyncio.timeout(CANCEL_SECONDS):
+                await self._ending.over.wait()
+        except TimeoutError:
+            raise self._stalled() from None
 
     async def cancel(self) -> None:
         """Stop; the source stays as it is, the target is released and marked incomplete.
 
         Unavailable SOURCE_STALLED if that takes long; it goes on, and may be asked for again.
         """
-        if not self.is_giving_up:
-            self._begin_cancel()
-        if self._cancelling is not None:
-            await asyncio.wait([self._cancelling], timeout=CANCEL_SECONDS)
-            if not self._cancelling.done():
-                raise self.stalled()
-            self._cancelling.result()
+        cancelling = self._cancelling
+        if cancelling is None or cancelling.done():
+            cancelling = self._begin_cancel()
+        await asyncio.wait([cancelling], timeout=CANCEL_SECONDS)
+        if not cancelling.done():
+            raise self._stalled()
+        cancelling.result()
 
-    def _begin_cancel(self) -> None:
+    def _begin_cancel(self) -> asyncio.Task[None]:
         if self._books.is_releasing and self.state is State.CUTTING_OVER:
             mend = (
                 "roll it back afterwards"
@@ -288,20 +296,22 @@ class SourceMigration:
         self._books.move(Event.CANCEL)
         self._cancel_task()  # at once: a turn later it may have asked for the release
         self._cancelling = asyncio.create_task(self._give_up(), name=f"cancel {self.id}")
+        return self._cancelling
 
     async def _give_up(self) -> None:
         await self._stop_task()
         await self._ending.cancel()
 
-    def stalled(self) -> Unavailable:
-        """Return the error of a cancel that does not come to its end."""
+    def _stalled(self) -> Unavailable:
+        """Return the error of an end that takes long to give back what it had."""
         every = [(disk.volume.source, disk.requests()) for disk in self.disks]
         busy = [path for path, asked in every if asked is not None and asked.in_flight]
         paths = ", ".join(busy or [path for path, _ in every])
         return Unavailable(
             "SOURCE_STALLED",
-            f"migration {self.id} is cancelled, but holds what it had until source {paths} has "
-            "answered what was asked of it before; check the disk and the kernel log",
+            f"migration {self.id} is {self.state}, but holds what it had until its target was told "
+            f"and source {paths} has answered what was asked of it before; wait a moment, then "
+            "check the disk and the kernel log",
             id=self.id,
             path=paths,
         )
@@ -365,11 +375,11 @@ class SourceMigration:
 
     async def close(self, error: WarmsyncError) -> None:
         """The agent stops: tracking goes on, and so does the migration with its next start."""
-        if self.is_giving_up and self._cancelling is not None:
-            await asyncio.wait([self._cancelling])
-        if self.state.is_terminal:
+        if not self.state.is_terminal:
+            await self._autopilot.close()
+        if self.state.is_terminal:  # with the threads and the connection that it still needs
+            await self._ending.over.wait()
             return
-        await self._autopilot.close()
         await self._stop_task()
         await self._ending.suspend(error)
 

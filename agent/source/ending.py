@@ -49,6 +49,8 @@ class Ending:
         self._autopilot = autopilot
         self._commands = handover.commands
         self._peer = peer
+        self.over = asyncio.Event()
+        """Set once an end holds nothing any more, or has failed to give it back."""
 
     async def fail(self, error: WarmsyncError) -> None:
         """End it with an error; with OWNER_UNKNOWN once the target may own. May be repeated."""
@@ -118,25 +120,29 @@ class Ending:
     async def _give_up(self, reason: str, *, cancelled: bool) -> None:
         """Release the target and leave the source as it was found; each even if another fails."""
         books = self._books
-        await self._guest.release()
-        if not books.is_releasing:
-            is_down = False
-            try:
-                await self._unfence()
-                is_down = True
-            except OSError as error:
-                books.refusal = still_fenced(books.id, error)
-                _log.error('source still fenced id=%s reason="%s"', books.id, error)
-                if books.cutover is not None:
-                    books.cutover.fencing = True  # whatever an attempt that was refused has said
-            is_told = await tell_target(
-                self._peer, books.id, books.token, reason, cancelled=cancelled
-            )
-            books.given_back = is_down and is_told
-            self._write_down()  # else the agent's next start does both once more
-        if cancelled:
-            books.answer(Cancelled("CANCELLED", f"migration {books.id} was cancelled", id=books.id))
-        await self._close()
+        try:
+            await self._guest.release()
+            if not books.is_releasing:
+                is_down = False
+                try:
+                    await self._unfence()
+                    is_down = True
+                except OSError as error:
+                    books.refusal = still_fenced(books.id, error)
+                    _log.error('source still fenced id=%s reason="%s"', books.id, error)
+                    if books.cutover is not None:
+                        # Whatever an attempt that was refused has said.
+                        books.cutover.fencing = True
+                is_told = await tell_target(
+                    self._peer, books.id, books.token, reason, cancelled=cancelled
+                )
+                books.given_back = is_down and is_told
+                self._write_down()  # else the agent's next start does both once more
+            if cancelled:
+                said = f"migration {books.id} was cancelled"
+                books.answer(Cancelled("CANCELLED", said, id=books.id))
+        finally:
+            await self._close()
 
     async def _unfence(self) -> None:
         await self._sender.on_disks(SourceDisk.unfence)
@@ -150,13 +156,16 @@ class Ending:
             _log.error('not written down id=%s reason="%s"', self._books.id, full)
 
     async def _close(self) -> None:
-        await self._autopilot.end()
-        await self._guest.release()
-        await self._sender.close()
-        await self._proof.stop()
-        await self._sender.on_disks(SourceDisk.close)
-        await self._peer.close()
-        self._sender.bell.ring()
+        try:
+            await self._autopilot.end()
+            await self._guest.release()
+            await self._sender.close()
+            await self._proof.stop()
+            await self._sender.on_disks(SourceDisk.close)
+            await self._peer.close()
+        finally:
+            self.over.set()
+            self._sender.bell.ring()
 
 
 def still_fenced(name: str, error: Exception) -> FailedPrecondition:

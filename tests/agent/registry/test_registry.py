@@ -80,6 +80,34 @@ def test_what_is_still_held_after_a_cancellation_is_nobody_elses(
     trial(tmp_path, steps)
 
 
+def test_what_has_failed_is_nobody_elses_before_its_target_is_told(tmp_path: Path) -> None:
+    """What it writes down and removes last would be that of the next one of its name."""
+
+    async def steps(host: Host) -> None:
+        registry = host.registry
+        gate = host.gates["abort"] = asyncio.Event()
+        reached = host.gates["open_carrier"] = asyncio.Event()
+        reached.set()
+        host.errors["open_carrier"] = [FailedPrecondition("ODD", "what nobody expects")]
+        migration = await registry.create(host.plan("a"))
+        await host.peers[0].until("abort")
+        assert migration.state is State.FAILED
+        with pytest.raises(FailedPrecondition) as early:
+            registry.forget("a")
+        assert (early.value.reason, "in a moment" in str(early.value)) == ("NOT_ENDED", True)
+        assert (await refused(registry.create(host.plan("b", "a")))).reason == "DEVICE_IN_MIGRATION"
+        gate.set()
+        await until(migration.bell, lambda: not migration.is_giving_up)
+        registry.forget("a")
+        host.errors.clear()
+        reached.clear()
+        await registry.create(host.plan("a"))
+        [(_, _, record)] = registry._journal.load()
+        assert record["history"][-1]["state"] == State.PENDING
+
+    trial(tmp_path, steps)
+
+
 def test_the_target_is_told_what_the_source_is(tmp_path: Path) -> None:
     async def steps(host: Host) -> None:
         await host.registry.create(host.plan("a", "a", "b"))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent.disk import SourceDisk
-from agent.errors import WarmsyncError
+from agent.errors import FailedPrecondition, WarmsyncError
 from agent.journal import Journal
 from agent.migration import Role
 from agent.record import SourceRecord, load_source
 from agent.source import SourceMigration
 from agent.state import State
-from tests.agent.ends import Source
-from tests.agent.migrations import LOST, reach, trial
+from tests.agent.ends import Source, until
+from tests.agent.migrations import LOST, STOPPED, assert_given_up, reach, trial
 
 
 @pytest.fixture
@@ -104,5 +106,51 @@ def test_a_fence_that_a_refused_cutover_could_not_lift_is_owed(
             await asyncio.sleep(0.01)
         assert end.is_fenced()
         assert (written(kept).releasing, written(kept).owed) == (True, True)
+
+    trial(end, steps)
+
+
+def test_an_agent_that_stops_waits_for_what_has_failed(end: Source, kept: Journal) -> None:
+    """The threads and the connection are still needed; the fence and the target are owed."""
+
+    async def steps(migration: SourceMigration) -> None:
+        gate = end.peer.gates["abort"] = asyncio.Event()
+        end.peer.errors["open_carrier"] = [FailedPrecondition("ODD", "what nobody expects")]
+        await end.peer.until("abort")
+        assert migration.is_giving_up
+        closing = asyncio.ensure_future(migration.close(STOPPED))
+        await asyncio.sleep(0.1)
+        assert not closing.done()
+        gate.set()
+        await closing
+        assert_given_up(end)
+        assert not written(kept).owed
+
+    trial(end, steps)
+
+
+@pytest.mark.parametrize("end_it", [SourceMigration.finish, SourceMigration.roll_back])
+def test_it_has_not_ended_before_its_devices_are_closed(
+    end: Source, monkeypatch: pytest.MonkeyPatch, end_it: Any
+) -> None:
+    closed, held = SourceDisk.close, threading.Event()
+
+    def close(disk: SourceDisk) -> None:
+        held.wait(20)
+        closed(disk)
+
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        await migration.cut_over(force=False)
+        monkeypatch.setattr(SourceDisk, "close", close)
+        ending = asyncio.ensure_future(end_it(migration))
+        await until(migration.bell, lambda: migration.state.is_terminal)
+        closing = asyncio.ensure_future(migration.close(STOPPED))
+        await asyncio.sleep(0.1)
+        assert (migration.is_giving_up, closing.done()) == (True, False)
+        held.set()
+        await asyncio.gather(ending, closing)
+        assert not migration.is_giving_up
+        assert not end.is_open()
 
     trial(end, steps)
