@@ -26,6 +26,9 @@ from agent.state import Event, Machine, State
 
 _log = logging.getLogger(__name__)
 
+_BACK = (State.FAILED, State.CANCELLED, State.ROLLED_BACK)
+"""Ends after which the source's VM may run."""
+
 
 class Books:
     """What is known of one migration, for the doors and for the agent's next start."""
@@ -56,6 +59,8 @@ class Books:
         """What both ends have signed at the cutover; empty before."""
         self.given_back = False
         """It has failed or was cancelled, the fence is down, and the target knows."""
+        self.is_stuck = False
+        """It has ended with the source as the owner, and the fence could not be lifted."""
 
     def restore(self, record: SourceRecord) -> None:
         """Take over what the agent before this one wrote down."""
@@ -120,11 +125,23 @@ class Books:
         """Who may write to the disks."""
         if self.state.is_handed_over:
             return Owner.TARGET
+        if self._is_untold:
+            return Owner.NOBODY
         cutover = self.cutover
         if cutover is None or self.state is State.ROLLED_BACK:
             return Owner.SOURCE
         fenced = cutover.fencing and self.state is State.CUTTING_OVER
         return Owner.NOBODY if fenced or cutover.releasing else Owner.SOURCE
+
+    @property
+    def _is_untold(self) -> bool:
+        """Whether it has ended with the source as the owner, and the fence has yet to come down.
+
+        It is written down by then, but told later: whoever hears of it boots the VM again.
+        """
+        fenced = self.cutover is not None and self.cutover.fencing and not self.is_stuck
+        unknown = self.state is State.FAILED and self.is_releasing
+        return fenced and not unknown and self.state in _BACK
 
     def has_been(self, state: State) -> bool:
         """Return whether it was ever in this state."""
@@ -202,18 +219,21 @@ class Books:
         return given_up and not self.is_releasing and not self.given_back
 
     def snapshot(self) -> Migration:
-        """Return what is known now."""
+        """Return what may be told now."""
+        history = self._machine.history
+        if self._is_untold:
+            history = history[:-1]
         return Migration(
             plan=self.plan,
             role=Role.SOURCE,
-            state=self.state,
+            state=history[-1].state,
             scheme=self._prepared.scheme,
             scheme_reason=self._prepared.scheme_reason,
             carrier=self._sender.carrier_name,
             carrier_detail=self._sender.carrier_detail,
             progress=self._sender.progress,
-            history=tuple(Entered(e.state, e.at_seconds) for e in self._machine.history),
-            error=self.error,
+            history=tuple(Entered(e.state, e.at_seconds) for e in history),
+            error=None if self._is_untold else self.error,
             refusal=self.refusal,
             owner=self.owner,
             step=self._autopilot.step,

@@ -98,6 +98,7 @@ class Ending:
                 await self._unfence()
             except OSError as error:
                 books.error = failed = still_fenced(books.id, error)
+                books.is_stuck = True
         await self._close()
         if failed is not None:
             raise failed
@@ -128,11 +129,9 @@ class Ending:
                     await self._unfence()
                     is_down = True
                 except OSError as error:
-                    books.refusal = still_fenced(books.id, error)
+                    books.refusal, books.is_stuck = still_fenced(books.id, error), True
                     _log.error('source still fenced id=%s reason="%s"', books.id, error)
-                    if books.cutover is not None:
-                        # Whatever an attempt that was refused has said.
-                        books.cutover.fencing = True
+                self._sender.bell.ring()  # what has ended so is told from now on
                 is_told = await tell_target(
                     self._peer, books.id, books.token, reason, cancelled=cancelled
                 )

@@ -123,8 +123,9 @@ class Handover:
         `journal.NOT_KEPT` leaves it CUTTING_OVER without a fence; FailedPrecondition STILL_FENCED.
         May be repeated.
         """
-        if self._books.cutover is not None:
-            self._books.cutover.releasing = self._books.cutover.fencing = False
+        cutover = self._books.cutover
+        if cutover is not None:
+            cutover.releasing = False
         self._sender.note(resizes=())
         try:
             await self._sender.on_disks(SourceDisk.unfence)
@@ -136,6 +137,8 @@ class Handover:
                 "its VM boots",
                 id=self._books.id,
             ) from error
+        if cutover is not None:
+            cutover.fencing = False
         self._convergence.restart()
         self._books.move(Event.REFUSE)
 

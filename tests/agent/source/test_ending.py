@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from agent.disk import SourceDisk
 from agent.errors import FailedPrecondition, WarmsyncError
 from agent.journal import Journal
-from agent.migration import Role
+from agent.migration import Owner, Role
 from agent.record import SourceRecord, load_source
 from agent.source import SourceMigration
 from agent.state import State
@@ -34,11 +36,7 @@ def written(journal: Journal) -> SourceRecord:
 
 
 async def cancel_while_fenced(end: Source, migration: SourceMigration) -> None:
-    await reach(migration, State.CONVERGED)
-    end.peer.gates["prove"] = asyncio.Event()
-    caller = asyncio.create_task(migration.cut_over(force=False))
-    while not end.is_fenced():  # noqa: ASYNC110 - a file rings no bell
-        await asyncio.sleep(0.01)
+    caller = await cut_over_until_fenced(end, migration)
     await migration.cancel()
     await asyncio.wait([caller])
     assert caller.exception() is not None
@@ -80,9 +78,10 @@ def test_a_fence_that_does_not_come_down_is_owed(
         monkeypatch.setattr("agent.disk.SourceDisk.unfence", lambda disk: fail())
         await cancel_while_fenced(end, migration)
         assert (written(kept).releasing, written(kept).owed) == (True, True)
-        said = migration.snapshot().refusal
-        assert said is not None
-        assert said.reason == "STILL_FENCED"
+        shown = migration.snapshot()
+        assert (shown.state, shown.owner) == (State.CANCELLED, Owner.SOURCE)
+        assert shown.refusal is not None
+        assert shown.refusal.reason == "STILL_FENCED"
 
     trial(end, steps)
 
@@ -106,6 +105,103 @@ def test_a_fence_that_a_refused_cutover_could_not_lift_is_owed(
             await asyncio.sleep(0.01)
         assert end.is_fenced()
         assert (written(kept).releasing, written(kept).owed) == (True, True)
+
+    trial(end, steps)
+
+
+@pytest.fixture
+def slow_unfence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fence that takes a moment to come down."""
+    unfence = SourceDisk.unfence
+
+    def slowly(disk: SourceDisk) -> None:
+        time.sleep(0.2)
+        unfence(disk)
+
+    monkeypatch.setattr(SourceDisk, "unfence", slowly)
+
+
+async def watch_fenced(end: Source, migration: SourceMigration) -> list[tuple[State, Owner]]:
+    """Return what is told while the fence is up, by one who watches until the end."""
+    told = []
+    while not State((shown := migration.snapshot()).state).is_terminal:
+        seen = migration.bell.count
+        if end.is_fenced():
+            told.append((State(shown.state), shown.owner))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.01):  # a file rings no bell
+                await migration.bell.wait(seen)
+    assert not end.is_fenced()
+    return told
+
+
+async def cut_over_until_fenced(end: Source, migration: SourceMigration) -> asyncio.Task[None]:
+    await reach(migration, State.CONVERGED)
+    end.peer.gates["prove"] = asyncio.Event()
+    caller = asyncio.create_task(migration.cut_over(force=False))
+    while not end.is_fenced():  # noqa: ASYNC110 - a file rings no bell
+        await asyncio.sleep(0.01)
+    return caller
+
+
+@pytest.mark.usefixtures("slow_unfence")
+@pytest.mark.parametrize("failing", [False, True], ids=["cancelled", "failed"])
+def test_an_end_is_told_once_the_fence_is_down(end: Source, kept: Journal, failing: bool) -> None:
+    """Whoever watches for it boots the VM then; the target may be told later."""
+
+    async def steps(migration: SourceMigration) -> None:
+        state = State.FAILED if failing else State.CANCELLED
+        caller = await cut_over_until_fenced(end, migration)
+        told_target = end.peer.gates["abort"] = asyncio.Event()
+        watching = asyncio.ensure_future(watch_fenced(end, migration))
+        bell, over = migration.bell, lambda: migration.snapshot().state == state
+        hearing = asyncio.ensure_future(until(bell, over))
+        if failing:
+            end.peer.errors["prove"] = [RuntimeError("a bug")]
+            end.peer.gates.pop("prove").set()
+        else:
+            cancelling = asyncio.ensure_future(migration.cancel())
+        assert set(await watching) == {(State.CUTTING_OVER, Owner.NOBODY)}
+        await hearing
+        assert migration.is_giving_up
+        assert (migration.snapshot().state, migration.owner) == (state, Owner.SOURCE)
+        assert written(kept).history[-1].state is state
+        told_target.set()
+        await asyncio.wait([caller])
+        assert caller.exception() is not None
+        if not failing:
+            await cancelling
+        await until(migration.bell, lambda: not migration.is_giving_up)
+
+    trial(end, steps)
+
+
+@pytest.mark.usefixtures("slow_unfence")
+def test_nobody_owns_before_the_fence_of_a_refused_cutover_is_down(end: Source) -> None:
+    async def steps(migration: SourceMigration) -> None:
+        caller = await cut_over_until_fenced(end, migration)
+        watching = asyncio.ensure_future(watch_fenced(end, migration))
+        end.peer.errors["prove"] = [LOST]
+        end.peer.gates.pop("prove").set()
+        await asyncio.wait([caller])
+        assert caller.exception() is LOST
+        await migration.cancel()
+        assert set(await watching) == {(State.CUTTING_OVER, Owner.NOBODY)}
+
+    trial(end, steps)
+
+
+@pytest.mark.usefixtures("slow_unfence")
+def test_what_is_settled_for_the_source_is_told_once_the_fence_is_down(end: Source) -> None:
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        await migration.cut_over(force=False)
+        end.peer.errors["unread"] = [LOST]
+        watching = asyncio.ensure_future(watch_fenced(end, migration))
+        await migration.settle(Owner.SOURCE)
+        told = await watching
+        assert Owner.SOURCE not in {owner for _, owner in told}
+        assert migration.owner is Owner.SOURCE
 
     trial(end, steps)
 
