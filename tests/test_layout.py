@@ -75,6 +75,7 @@ FLOORS = {
     "agent.source.autopilot": 5,
     "agent.target.booting": 5,
     "agent.source.books": 5,
+    "agent.source.comparisons": 5,
     "agent.target.claim": 5,
     "agent.source.course": 5,
     "agent.source.cutover": 5,
@@ -248,6 +249,7 @@ NEIGHBOURS = {
     "agent.source.ending": {
         "agent.source.autopilot",
         "agent.source.books",
+        "agent.source.comparisons",
         "agent.source.cutover",
         "agent.source.guest",
         "agent.source.handover",
@@ -295,6 +297,7 @@ NEIGHBOURS = {
     "agent.source": {
         "agent.source.autopilot",
         "agent.source.books",
+        "agent.source.comparisons",
         "agent.source.course",
         "agent.source.cutover",
         "agent.source.doubts",

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from agent.disk import SourceDisk
@@ -32,6 +32,7 @@ from agent.rounds import Convergence
 from agent.sender import Sender, Workshop
 from agent.source.autopilot import FLYING, Autopilot
 from agent.source.books import Books
+from agent.source.comparisons import Comparisons
 from agent.source.course import Course
 from agent.source.cutover import unknown_owner
 from agent.source.doubts import Doubts
@@ -94,6 +95,7 @@ class SourceMigration:
             handover=handover,
             peer=peer,
         )
+        self._comparisons = Comparisons()
         self._patience = Patience(books, sender, handover, peer.address)
         self._ending = Ending(
             books,
@@ -102,6 +104,7 @@ class SourceMigration:
             guest=guest,
             autopilot=pilot,
             handover=handover,
+            comparisons=self._comparisons,
             peer=peer,
         )
         self._settling = Settling(books, handover, self._ending, peer)
@@ -329,6 +332,9 @@ class SourceMigration:
 
     async def _begin_cutover(self, asked: float, *, force: bool) -> None:
         cutover = self._handover.begin(asked, force=force)
+        self._comparisons.give_way(
+            Cancelled("VERIFY_INTERRUPTED", "the comparison gave way to a cutover; run it again")
+        )
         self._course.stir()
         # It goes on if the caller hangs up.
         await asyncio.shield(cutover.done)
@@ -358,9 +364,14 @@ class SourceMigration:
         """End it as a person says who owns. See `agent.source.settling`."""
         await self._settling.settle(owner, self._stop_task)
 
-    async def verify(self) -> AsyncIterator[Comparison]:
+    async def verify(self) -> AsyncGenerator[Comparison, None]:
         """Compare both ends between two rounds; iterates the progress, the last item is done."""
         self._check_comparable()
+        async with aclosing(self._comparisons.follow(self._compare())) as newest:
+            async for comparison in newest:
+                yield comparison
+
+    async def _compare(self) -> AsyncGenerator[Comparison, None]:
         async with self._course.at_rest:
             self._check_comparable()
             peer, token = self._prepared.peer, self._books.token
@@ -368,10 +379,6 @@ class SourceMigration:
             comparisons = compare_ends(self._sender, self._workshop, peer, token, settled=settled)
             async for comparison in comparisons:
                 yield comparison
-                if not settled and self._books.wants_cutover:
-                    raise Cancelled(
-                        "VERIFY_INTERRUPTED", "the comparison gave way to a cutover; run it again"
-                    )
 
     async def close(self, error: WarmsyncError) -> None:
         """The agent stops: tracking goes on, and so does the migration with its next start."""

@@ -17,6 +17,7 @@ from agent.peer import Peer
 from agent.sender import Sender
 from agent.source.autopilot import Autopilot
 from agent.source.books import Books
+from agent.source.comparisons import Comparisons
 from agent.source.cutover import unknown_owner
 from agent.source.guest import Guest
 from agent.source.handover import Handover
@@ -40,6 +41,7 @@ class Ending:
         guest: Guest,
         autopilot: Autopilot,
         handover: Handover,
+        comparisons: Comparisons,
         peer: Peer,
     ) -> None:
         self._books = books
@@ -48,6 +50,7 @@ class Ending:
         self._guest = guest
         self._autopilot = autopilot
         self._commands = handover.commands
+        self._comparisons = comparisons
         self._peer = peer
         self.over = asyncio.Event()
         """Set once an end holds nothing any more, or has failed to give it back."""
@@ -112,6 +115,7 @@ class Ending:
         await self._guest.release()
         self._books.answer(error)
         self._write_down()
+        await self._comparisons.end(error)
         await self._sender.close()
         await self._proof.stop()
         await self._sender.on_disks(SourceDisk.detach)
@@ -158,6 +162,14 @@ class Ending:
         try:
             await self._autopilot.end()
             await self._guest.release()
+            await self._comparisons.end(
+                Cancelled(
+                    "VERIFY_INTERRUPTED",
+                    f"the comparison met the end of migration {self._books.id}, which is "
+                    f"{self._books.state}; compare before it ends",
+                    id=self._books.id,
+                )
+            )
             await self._sender.close()
             await self._proof.stop()
             await self._sender.on_disks(SourceDisk.close)

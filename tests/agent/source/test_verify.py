@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
 from agent import reader as reader_module
-from agent.errors import DataLoss
+from agent.disk import SourceDisk
+from agent.errors import DataLoss, WarmsyncError
 from agent.migration import Comparison, Mismatch, UnreadRange
+from agent.source import SourceMigration
 from agent.source import verify as verify_module
 from agent.source.verify import compare_ends
+from agent.state import State
 from native.blockio import BlockDevice
 from native.buffer import AlignedBuffer
 from native.chunk import CHUNK_BYTES, digests
 from native.scan import digest
 from tests.agent.ends import SIZE, Source, source
+from tests.agent.migrations import STOPPED, complete, reach, trial
 from tests.agent.rpc_helpers import run
 
 STEP = 4 * CHUNK_BYTES
@@ -115,3 +121,108 @@ def test_too_much_that_cannot_be_read_is_an_error(
     with pytest.raises(DataLoss) as caught:
         compare(end)
     assert caught.value.reason == "SOURCE_IO_ERROR"
+
+
+def alter(end: Source, alter: Callable[[int, bytes], bytes]) -> None:
+    """Let the target say what is not so, of each step of its first volume."""
+    honest = end.peer.digests
+
+    async def theirs(token: str, volume: int) -> AsyncIterator[tuple[int, bytes]]:
+        async for offset, found in honest(token, volume):
+            yield offset, alter(offset, found) if volume == 0 else found
+
+    end.peer.digests = theirs  # type: ignore[method-assign]
+
+
+async def interruption(reading: AsyncIterator[Comparison]) -> WarmsyncError:
+    with pytest.raises(WarmsyncError) as caught:
+        async for _ in reading:
+            pass
+    return caught.value
+
+
+def test_a_controller_that_does_not_read_holds_nothing_up(end: Source) -> None:
+    """The comparison goes on without it, then the rounds; told is what is newest."""
+
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        async with aclosing(migration.verify()) as reading:
+            assert not (await anext(reading)).done
+            while migration._course.at_rest.locked():  # noqa: ASYNC110 - a lock rings no bell
+                await asyncio.sleep(0.01)
+            end.write(4096, b"changed since")
+            await complete(end, migration)
+            last = await anext(reading)
+            assert (last.done, last.compared_bytes) == (True, 2 * SIZE)
+            with pytest.raises(StopAsyncIteration):
+                await anext(reading)
+
+    trial(end, steps)
+
+
+def test_it_gives_way_to_a_cutover_though_nobody_reads(end: Source) -> None:
+    """Also where the target does not go on: the VM is off."""
+
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        honest, stuck = end.peer.digests, asyncio.Event()
+
+        async def theirs(token: str, volume: int) -> AsyncIterator[tuple[int, bytes]]:
+            async for step in honest(token, volume):
+                yield step
+                stuck.set()
+                await asyncio.Event().wait()
+
+        end.peer.digests = theirs  # type: ignore[method-assign]
+        async with aclosing(migration.verify()) as reading:
+            await anext(reading)
+            await stuck.wait()
+            await complete(end, migration)
+            assert (await interruption(reading)).reason == "VERIFY_INTERRUPTED"
+
+    trial(end, steps)
+
+
+def test_it_gives_way_while_it_waits_for_marks(
+    end: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_module, "_MARK_SECONDS", 1000.0)
+    waiting = asyncio.Event()
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    def is_pending(disk: SourceDisk, offset: int, length: int) -> bool:
+        loops[0].call_soon_threadsafe(waiting.set)
+        return False
+
+    async def steps(migration: SourceMigration) -> None:
+        loops.append(asyncio.get_running_loop())
+        await reach(migration, State.CONVERGED)
+        alter(end, lambda _, found: bytes(len(found)))
+        monkeypatch.setattr(SourceDisk, "is_pending", is_pending)
+        reading = asyncio.ensure_future(interruption(migration.verify()))
+        await waiting.wait()
+        await complete(end, migration)
+        assert (await reading).reason == "VERIFY_INTERRUPTED"
+
+    trial(end, steps)
+
+
+@pytest.mark.parametrize("stops", [False, True], ids=["cancelled", "agent stops"])
+def test_it_ends_before_the_devices_are_closed(end: Source, stops: bool) -> None:
+    """Else it would read from what is not its own any more."""
+
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        async with aclosing(migration.verify()) as reading:
+            begun = asyncio.ensure_future(anext(reading))
+            while not migration._course.at_rest.locked():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await (migration.close(STOPPED) if stops else migration.cancel())
+            assert not end.is_open()
+            await asyncio.wait([begun])
+            said = begun.exception() or await interruption(reading)
+            assert isinstance(said, WarmsyncError)
+            assert said.reason == ("AGENT_STOPPED" if stops else "VERIFY_INTERRUPTED")
+        assert end.equal()
+
+    trial(end, steps)
