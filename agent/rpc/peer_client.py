@@ -31,9 +31,6 @@ NO_DATA_CONNECTION = frozenset({"CARRIER_UNAVAILABLE", "DATA_PORT_UNREACHABLE"})
 """Reasons for which `auto` falls back to grpc."""
 
 EXPLAIN_SECONDS = 5.0
-PROVE_SECONDS = 3600.0
-"""What was not read back while the guest ran is read then: a whole disk, if the cutover is forced
-early."""
 RESIZE_SECONDS = 6 * 3600.0
 """Each program has its own limit there, and a dead agent is noticed by keepalive."""
 BOOT_SECONDS = 86400.0 + 60.0
@@ -199,7 +196,8 @@ class PeerClient:
         """See `agent.peer.Peer`."""
         request = pb.ProveSessionRequest(session_token=token, generation=generation)
         async with self._calling() as stub:
-            answer = _whole(await stub.ProveSession(request, timeout=PROVE_SECONDS))
+            # It may read a whole disk: whoever asks watches how it goes on, see `unread`.
+            answer = _whole(await stub.ProveSession(request))
         volumes = tuple(Proof(one.compared_bytes, one.root) for one in answer.volumes)
         return TargetProof(volumes, answer.host, answer.agent_version)
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from contextlib import suppress
+from typing import NoReturn
 
+from agent.carrier import ACK_SECONDS, target_lost
 from agent.certificate.statement import End, ProvenVolume, Statement, format_time
 from agent.device import io_error
 from agent.disk import SourceDisk
-from agent.errors import DataLoss, FailedPrecondition
+from agent.errors import DataLoss, FailedPrecondition, WarmsyncError
 from agent.migration import Depth, Plan
 from agent.peer import Peer, Proof, TargetProof
 from agent.prover import Prover
@@ -24,6 +27,10 @@ from agent.version import agent_version
 AHEAD_SHARE = 0.1
 """Share of the budget that reading back at the cutover may take: more is read before, though that
 disturbs the guest. While it is idle, all is."""
+
+
+LOOK_SECONDS = 10.0
+"""How often a target is asked how far it has read: most proofs end before the first time."""
 
 
 class SourceProof:
@@ -58,12 +65,12 @@ class SourceProof:
     async def prove(self, peer: Peer, token: str, asked_at_seconds: float) -> Statement:
         """Compare both ends as they are now, with the source quiesced. DataLoss COPIES_DIFFER."""
         if self._plan.verify is Depth.NONE:
-            theirs = await peer.prove(token, self._sender.generation)
+            theirs = await self._ask(peer, token)
             own = tuple(Proof(0, b"") for _ in self._sender.disks)
         else:
             reading = asyncio.ensure_future(self._settle())
             try:
-                theirs = await peer.prove(token, self._sender.generation)
+                theirs = await self._ask(peer, token)
                 own = await reading
             finally:
                 reading.cancel()
@@ -73,9 +80,26 @@ class SourceProof:
             self._compare(own, theirs)
         except (DataLoss, FailedPrecondition):
             # Without TLS nothing protects an answer: damage of it is not damage of a copy.
-            theirs = await peer.prove(token, self._sender.generation)
+            theirs = await self._ask(peer, token)
             self._compare(own, theirs)
         return self._state(own, theirs, asked_at_seconds)
+
+    async def _ask(self, peer: Peer, token: str) -> TargetProof:
+        """Return what the target has read back. PEER_LOST if its disk does not go on."""
+        proving = asyncio.ensure_future(peer.prove(token, self._sender.generation))
+        watching = asyncio.ensure_future(_watch(peer, token))
+        both = (proving, watching)
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not proving.done():
+                watching.result()
+            return await proving
+        finally:
+            for one in both:
+                one.cancel()
+            await asyncio.wait(both)
+            for one in both:
+                _ = one.cancelled() or one.exception()  # seen
 
     async def stop(self) -> None:
         """End what is being read in the background."""
@@ -132,3 +156,18 @@ class SourceProof:
             cutover_asked_at=format_time(asked_at_seconds),
             proved_at=format_time(time.time()),
         )
+
+
+async def _watch(peer: Peer, token: str) -> NoReturn:
+    """Raise once the target has read nothing for as long as a round may take to become durable.
+
+    Keepalive would not notice: a live agent answers that, whatever its disk does. The VM is off.
+    """
+    left, since = -1, time.monotonic()
+    while time.monotonic() - since < ACK_SECONDS:
+        await asyncio.sleep(LOOK_SECONDS)
+        with suppress(WarmsyncError):  # no answer is no progress; what it means the proof will say
+            unread = (await peer.unread(token)).unread_bytes
+            if unread != left:
+                left, since = unread, time.monotonic()
+    raise target_lost(f"it read nothing of its disk for {ACK_SECONDS} s")

@@ -54,7 +54,7 @@ class Witness:
     @property
     def unread(self) -> tuple[int, float]:
         """The bytes that are to be read back before a proof, and how many a second can be."""
-        unread = self._prover.unread_bytes if self.depth is Depth.FULL else 0
+        unread = 0 if self.depth is Depth.NONE else self._prover.unread_bytes
         return unread, self._prover.rate_bytes_per_second
 
     @property

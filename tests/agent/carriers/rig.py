@@ -78,8 +78,13 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(kind: str, directory: Path, targets: list[Path]) -> AsyncIterator[Rig]:
-    """Start the agent, open a session for `targets` of SIZE bytes each; all ends with the block."""
+async def rig(
+    kind: str, directory: Path, targets: list[Path], **changes: object
+) -> AsyncIterator[Rig]:
+    """Start the agent, open a session for `targets` of SIZE bytes each; all ends with the block.
+
+    `changes`: see `request`.
+    """
     allowed = tuple(str(path) for path in targets)
     config = AgentConfig(
         state_dir=tempfile.mkdtemp(prefix="state-", dir=directory),
@@ -95,7 +100,7 @@ async def rig(kind: str, directory: Path, targets: list[Path]) -> AsyncIterator[
     registry.data_port = DataPort(tls=tls.is_on)
     registry.data_port.listen("127.0.0.1", 0)
     try:
-        await peer.open_session(request(targets))
+        await peer.open_session(request(targets, **changes))
         token = session_token(SECRET, 1)
         made = Rig(kind, registry, server, peer, token, targets)
         try:

@@ -10,12 +10,20 @@ from pathlib import Path
 import pytest
 
 from agent.carrier import Carrier
-from agent.errors import DataLoss, FailedPrecondition, ResourceExhausted, WarmsyncError
+from agent.errors import (
+    DataLoss,
+    FailedPrecondition,
+    ResourceExhausted,
+    Unavailable,
+    WarmsyncError,
+)
+from agent.migration import Depth
 from agent.peer import session_token
+from agent.source import proof as proof_module
 from agent.state import State
 from agent.target import intake as intake_module
 from tests.agent.carriers.conftest import MakeRig
-from tests.agent.carriers.rig import SECRET, SIZE, Rig, frame_of, until
+from tests.agent.carriers.rig import SECRET, SIZE, Rig, frame_of, rig, until
 from tests.agent.rpc_helpers import run
 from tests.agent.target.sessions import is_claimed
 from tests.content import read_all
@@ -143,6 +151,36 @@ def test_a_stream_that_cannot_be_written_down_is_cut_over_a_hung_disk(
             await rig.peer.resume(SECRET, 2)
             rig.token = session_token(SECRET, 2)
             await send_round(rig, source)
+            assert read_all(hung)[:STEP] == read_all(source)[:STEP]
+
+    with fragile_disk(SIZE, volatile=False) as disk:
+        run(lambda: main(disk))
+
+
+@pytest.mark.parametrize("depth", [Depth.FINAL, Depth.FULL])
+def test_a_proof_whose_disk_does_not_go_on_is_given_up(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, depth: Depth
+) -> None:
+    """The agent answers meanwhile, and shows that nothing is read; the VM is off."""
+    monkeypatch.setattr(proof_module, "ACK_SECONDS", 0.5)
+    monkeypatch.setattr(proof_module, "LOOK_SECONDS", 0.05)
+
+    async def main(disk: FragileDisk) -> None:
+        hung = Path(disk.path)
+        async with rig("grpc", tmp_path, [hung], verify=depth) as r:
+            carrier = await r.open_carrier()
+            await carrier.send(frame_of(source, 0, STEP))
+            await carrier.flush(1)
+            with disk.stalled():
+                r.session._holding.witness.forget()
+                assert (await r.peer.unread(r.token)).unread_bytes == SIZE
+                proving = asyncio.create_task(r.peer.prove(r.token, 1))
+                with pytest.raises(Unavailable) as caught:
+                    await proof_module._watch(r.peer, r.token)
+                assert (caught.value.reason, proving.done()) == ("PEER_LOST", False)
+            await proving
+            assert (await r.peer.unread(r.token)).unread_bytes == 0
+            await carrier.close()
             assert read_all(hung)[:STEP] == read_all(source)[:STEP]
 
     with fragile_disk(SIZE, volatile=False) as disk:

@@ -18,6 +18,7 @@ from agent.errors import WarmsyncError as Error
 from agent.migration import Owner, Step
 from agent.source import SourceMigration
 from agent.source import cutover as cutover_module
+from agent.source import proof as proof_module
 from agent.source.cutover import Cutover
 from agent.state import Event, State
 from native.blockio import BlockDevice
@@ -27,6 +28,7 @@ from tests.agent.migrations import (
     STOPPED,
     assert_given_up,
     assert_state,
+    complete,
     ended,
     fail_at,
     keep_journal,
@@ -205,6 +207,27 @@ def test_a_failure_in_the_cutover(end: Source, phase: str, monkeypatch: pytest.M
         await ended(migration)
         assert_state(migration, State.FAILED)
         assert_given_up(end)
+
+    trial(end, steps)
+
+
+def test_a_proof_that_does_not_go_on_keeps_no_vm_off(
+    end: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target's disk hangs: the source owns again, and the next one works."""
+    monkeypatch.setattr(proof_module, "ACK_SECONDS", 0.3)
+    monkeypatch.setattr(proof_module, "LOOK_SECONDS", 0.01)
+
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        end.peer.gates["prove"] = asyncio.Event()
+        with pytest.raises(Unavailable) as caught:
+            await migration.cut_over(force=False)
+        assert caught.value.reason == "PEER_LOST"
+        assert not end.is_fenced()
+        end.peer.gates.clear()
+        end.write(0, b"the VM runs again")
+        await complete(end, migration)
 
     trial(end, steps)
 

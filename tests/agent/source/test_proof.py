@@ -20,6 +20,7 @@ from agent.source.proof import SourceProof
 from agent.tree import DigestTree
 from native.chunk import digests
 from tests.agent.ends import SIZE, Source, source
+from tests.agent.migrations import LOST
 from tests.agent.rpc_helpers import run
 
 MakeEnd = Callable[[Depth], Source]
@@ -266,5 +267,67 @@ def test_what_is_stale_is_read_ahead_if_it_is_worth_it(
             disk.tree.stale.clear()
         proof.read_ahead(idle=True, budget_seconds=0.0)
         assert len(woken) == 2
+
+    run(main)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof_module, "ACK_SECONDS", 0.3)
+    monkeypatch.setattr(proof_module, "LOOK_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_target_that_reads_nothing_is_given_up(make_end: MakeEnd) -> None:
+    """Its disk hangs, its agent does not; the VM is off, and its disk fenced."""
+    end = make_end(Depth.FULL)
+    end.peer.gates["prove"] = asyncio.Event()
+
+    async def main() -> None:
+        with pytest.raises(Unavailable, match="it read nothing of its disk") as caught:
+            await proving(proof_of(end), end)
+        assert caught.value.reason == "PEER_LOST"
+        assert end.peer.calls.count("unread") > 1
+
+    run(main)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_slow_target_is_waited_for(make_end: MakeEnd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it reads; also one that does not always say so."""
+    end = make_end(Depth.FULL)
+    end.peer.proofs = equal_proofs(end)
+    gate = end.peer.gates["prove"] = asyncio.Event()
+    left = [100]
+
+    async def unread(token: str) -> Unread:
+        left[0] -= 1
+        if left[0] == 0:
+            gate.set()
+        if left[0] % 5:
+            raise LOST
+        return Unread(left[0], 1.0)
+
+    monkeypatch.setattr(end.peer, "unread", unread)
+
+    async def main() -> None:
+        await proving(proof_of(end), end)
+        assert left[0] <= 0
+
+    run(main)
+
+
+def test_an_answer_is_not_kept_waiting(make_end: MakeEnd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a question that is not answered."""
+    monkeypatch.setattr(proof_module, "LOOK_SECONDS", 0.0)
+    end = make_end(Depth.FULL)
+    end.peer.proofs = equal_proofs(end)
+    end.peer.gates = {"prove": asyncio.Event(), "unread": asyncio.Event()}
+
+    async def main() -> None:
+        said = asyncio.ensure_future(proving(proof_of(end), end))
+        await end.peer.until("unread")
+        end.peer.gates["prove"].set()
+        await said
 
     run(main)
