@@ -110,15 +110,24 @@ class Autopilot:
         self._hook.forget()
 
     async def arm(self) -> None:
-        """Begin, or go on after a stop, as from the step before it. No-op while it is under way."""
+        """Begin, or go on after a stop, as from the step before it; boot what was cut over only.
+
+        What is under way goes on by the plan as it is now, which is written down. `NOT_KEPT`.
+        """
         await self._until_landed()
-        if self.step in (Step.NONE, Step.STOPPED):
-            cut_over = self._vessel.state is State.CUT_OVER
-            if cut_over:
-                self.attempt += 1
-            self._found = Step.NONE
+        cut_over = self._vessel.state is State.CUT_OVER
+        is_unbooted = self.step is Step.DONE and cut_over and not self.attempt
+        if self.step not in (Step.NONE, Step.STOPPED) and not is_unbooted:
+            self._vessel.write_down()
+            return
+        self._found, attempt = Step.NONE, self.attempt
+        self.attempt += cut_over
+        try:
             self._enter(Step.BOOTING if cut_over else Step.WAITING)
-            self.start()
+        except WarmsyncError:
+            self.attempt = attempt
+            raise
+        self.start()
 
     async def disarm(self) -> None:
         """Leave it to a person. FailedPrecondition CUTOVER_UNDER_WAY."""
@@ -171,7 +180,7 @@ class Autopilot:
             await self._cut_over()
             if self._vessel.state is not State.CUT_OVER:
                 return
-            if not plan.boots:
+            if not self._plan().boots:  # it may have been asked for since
                 self._enter(Step.DONE)
                 return
             self.attempt += 1

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from agent.errors import FailedPrecondition, InvalidArgument
+from agent.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from agent.journal import Journal
 from agent.migration import Mode, Step
+from agent.record import load_source
 from agent.rounds import Convergence
 from agent.source import SourceMigration
 from agent.state import State
@@ -18,6 +21,7 @@ from tests.agent.migrations import (
     STOPPED,
     assert_given_up,
     assert_state,
+    keep_journal,
     maybe,
     reach,
     trial,
@@ -110,6 +114,76 @@ def test_what_is_being_rolled_back_is_not_booted_anew(end: Source) -> None:
         assert caught.value.reason == "ILLEGAL_TRANSITION"
         assert "boot 1" not in end.peer.calls
         assert_step(migration, Step.NONE)
+
+    trial(end, steps)
+
+
+def boots(end: Source) -> list[str]:
+    """Return the attempts at a boot; 0 only asks for the hook."""
+    return [call for call in end.peer.calls if call.startswith("boot ") and call != "boot 0"]
+
+
+@pytest.mark.parametrize("when", ["it waits", "it cuts over", "it is done"])
+def test_a_cold_one_is_booted_if_that_is_asked_for_later(
+    end: Source, tmp_path: Path, when: str
+) -> None:
+    end.plan = replace(end.plan, cold=True)
+    end.journal = Journal(tmp_path / "state")
+
+    async def done(migration: SourceMigration) -> None:
+        await until(migration.bell, lambda: migration.snapshot().step is Step.DONE)
+
+    async def steps(migration: SourceMigration) -> None:
+        gate = asyncio.Event()
+        if when == "it waits":
+            end.carrier.gates["send"] = gate
+            await end.carrier.until("send")
+            assert_step(migration, Step.WAITING)
+        elif when == "it cuts over":
+            end.peer.gates["release"] = gate
+            await end.peer.until("release")
+            assert_step(migration, Step.CUTTING_OVER)
+        else:
+            await done(migration)
+            assert boots(end) == []
+        await migration.set_mode(Mode.AUTO)
+        [(_, _, values)] = end.journal.load()
+        assert load_source(values).plan.mode is Mode.AUTO
+        gate.set()
+        await end.peer.until("boot 1")
+        await done(migration)
+        await migration.set_mode(Mode.AUTO)  # what was booted is not booted again
+        await done(migration)
+        assert boots(end) == ["boot 1"]
+        assert_state(migration, State.CUT_OVER)
+        assert end.equal()
+
+    trial(end, steps)
+
+
+def test_a_boot_that_is_not_written_down_is_not_asked_for(end: Source, tmp_path: Path) -> None:
+    end.plan = replace(end.plan, cold=True)
+    fill = keep_journal(end, tmp_path / "state")
+
+    async def steps(migration: SourceMigration) -> None:
+        gate = end.carrier.hold("send")
+        await end.carrier.until("send")
+        fill(True)
+        with pytest.raises(ResourceExhausted):
+            await migration.set_mode(Mode.AUTO)
+        fill(False)
+        assert migration.snapshot().plan.mode is Mode.MANUAL
+        gate.set()
+        await until(migration.bell, lambda: migration.snapshot().step is Step.DONE)
+        fill(True)
+        with pytest.raises(ResourceExhausted):
+            await migration.set_mode(Mode.AUTO)
+        fill(False)
+        assert boots(end) == []
+        await migration.set_mode(Mode.AUTO)
+        await until(migration.bell, lambda: migration.snapshot().step is Step.DONE)
+        assert boots(end) == ["boot 1"]
+        assert end.equal()
 
     trial(end, steps)
 
