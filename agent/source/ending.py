@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from agent.disk import SourceDisk
 from agent.errors import Cancelled, FailedPrecondition, WarmsyncError
@@ -54,6 +56,8 @@ class Ending:
         self._peer = peer
         self.over = asyncio.Event()
         """Set once an end holds nothing any more, or has failed to give it back."""
+        self._giving_back = asyncio.Lock()
+        self._stopped: WarmsyncError | None = None
 
     async def fail(self, error: WarmsyncError) -> None:
         """End it with an error; with OWNER_UNKNOWN once the target may own. May be repeated."""
@@ -78,9 +82,10 @@ class Ending:
             self._books.require(Event.ROLL_BACK)
             self._autopilot.check_landed()
             await self._peer.reclaim(self._books.token)
-            await self._unfence()
-            self._books.move(Event.ROLL_BACK)
-            await self._close()
+            async with self._staying():
+                await self._unfence()
+                self._books.move(Event.ROLL_BACK)
+                await self._close()
 
     async def finish(self) -> None:
         """The VM runs on the target: nothing can be rolled back. The source stays fenced."""
@@ -88,8 +93,9 @@ class Ending:
             self._books.require(Event.FINISH)
             self._autopilot.check_landed()
             await self._peer.finish(self._books.token)
-            self._books.move(Event.FINISH)
-            await self._close()
+            async with self._staying():
+                self._books.move(Event.FINISH)
+                await self._close()
 
     async def settle(self, owner: Owner) -> None:
         """Give back what a person has settled. FailedPrecondition STILL_FENCED; may be repeated."""
@@ -112,15 +118,29 @@ class Ending:
 
     async def suspend(self, error: WarmsyncError) -> None:
         """The agent stops: tracking goes on. `error` is for who waits for a cutover."""
-        await self._guest.release()
-        self._books.answer(error)
-        self._write_down()
-        await self._comparisons.end(error)
-        await self._sender.close()
-        await self._proof.stop()
-        await self._sender.on_disks(SourceDisk.detach)
-        await self._peer.close()
-        self._sender.bell.ring()
+        async with self._giving_back:
+            if self.over.is_set():
+                return
+            self._stopped = error
+            await self._guest.release()
+            self._books.answer(error)
+            self._write_down()
+            await self._comparisons.end(error)
+            await self._sender.close()
+            await self._proof.stop()
+            await self._sender.on_disks(SourceDisk.detach)
+            await self._peer.close()
+            self._sender.bell.ring()
+
+    @asynccontextmanager
+    async def _staying(self) -> AsyncIterator[None]:
+        """What is done here is done before the agent stops, or not at all: then it can be asked
+        of the next one.
+        """
+        async with self._giving_back:
+            if self._stopped is not None:
+                raise self._stopped
+            yield
 
     async def _give_up(self, reason: str, *, cancelled: bool) -> None:
         """Release the target and leave the source as it was found; each even if another fails."""

@@ -250,3 +250,47 @@ def test_it_has_not_ended_before_its_devices_are_closed(
         assert not end.is_open()
 
     trial(end, steps)
+
+
+@pytest.mark.parametrize(
+    ("end_it", "call"),
+    [(SourceMigration.finish, "finish"), (SourceMigration.roll_back, "reclaim")],
+    ids=["finish", "rollback"],
+)
+def test_an_agent_that_stops_while_the_target_is_asked_leaves_it_to_the_next(
+    end: Source, kept: Journal, end_it: Any, call: str
+) -> None:
+    """Its devices are closed by the time that the target answers."""
+
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        await migration.cut_over(force=False)
+        gate = end.peer.gates[call] = asyncio.Event()
+        ending = asyncio.ensure_future(end_it(migration))
+        await end.peer.until(call)
+        await migration.close(STOPPED)
+        gate.set()
+        with pytest.raises(WarmsyncError) as caught:
+            await ending
+        assert caught.value is STOPPED
+        assert (written(kept).history[-1].state, end.is_fenced()) == (State.CUT_OVER, True)
+
+    trial(end, steps)
+
+
+@pytest.mark.usefixtures("slow_unfence")
+def test_an_agent_that_stops_waits_for_a_rollback_that_was_granted(
+    end: Source, kept: Journal
+) -> None:
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        await migration.cut_over(force=False)
+        rolling = asyncio.ensure_future(migration.roll_back())
+        await end.peer.until("reclaim")
+        await asyncio.sleep(0.05)
+        await migration.close(STOPPED)
+        await rolling
+        assert (written(kept).history[-1].state, end.is_fenced()) == (State.ROLLED_BACK, False)
+        assert not end.is_open()
+
+    trial(end, steps)
