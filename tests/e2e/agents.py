@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 from click.testing import CliRunner
 
 from agent.cli import cli
-from tests import host
+from tests import host, ports
 
 Shown: TypeAlias = dict[str, Any]
 
@@ -214,7 +214,7 @@ def agent(
     directory: Path,
     pins: Path,
     *flags: str,
-    listen: str = "127.0.0.1:0",
+    listen: str = "",
     allowed: tuple[str, ...] = ALLOWED,
     command: tuple[str, ...] = (),
     client: tuple[str, ...] = (),
@@ -222,7 +222,7 @@ def agent(
 ) -> Iterator[Agent]:
     """Run an agent until the end of the block.
 
-    `command` runs it (setpriv, say); `client` are the flags of commands that talk to it; `settings`
+    `listen`: else on two ports that stay its own while it is down. `command` runs it (setpriv, say); `client` are the flags of commands that talk to it; `settings`
     are further ones of its configuration, by section.
     """
     with starting(
@@ -230,7 +230,7 @@ def agent(
         directory,
         pins,
         *flags,
-        listen=listen,
+        listen=listen or f"127.0.0.1:{ports.free_pair()}",
         allowed=allowed,
         command=command,
         settings=settings,

@@ -30,14 +30,14 @@ class Hosts:
         self._directory = directory
         self._pins = pins
         self._stack = stack
-        self.source = self._start("source", "127.0.0.1:0")
-        self.target = self._start("target", "127.0.0.1:0")
+        self.source = self._start("source")
+        self.target = self._start("target")
 
     @property
     def pair(self) -> Pair:
         return Pair(self.source, self.target)
 
-    def _start(self, name: str, listen: str) -> Agent:
+    def _start(self, name: str, listen: str = "") -> Agent:
         running = agents.agent(
             name,
             self._directory,

@@ -79,7 +79,7 @@ class Hosts:
         """Start agents, or start them again where they were."""
         for side in sides or ("target", "source"):
             before = self.agents.get(side)
-            listen = before.address if before else "127.0.0.1:0"
+            listen = before.address if before else ""
             self.agents[side] = self.stack.enter_context(
                 agents.agent(
                     side,

@@ -46,7 +46,7 @@ class Site:
         self.source = self.agent("source")
         self.peer = self.agent("target")
 
-    def agent(self, name: str, listen: str = "127.0.0.1:0") -> Agent:
+    def agent(self, name: str, listen: str = "") -> Agent:
         return self.stack.enter_context(
             agents.agent(
                 name,

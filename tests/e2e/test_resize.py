@@ -151,7 +151,7 @@ class Hosts:
     def start(
         self,
         name: str,
-        listen: str = "127.0.0.1:0",
+        listen: str = "",
         command: tuple[str, ...] = (),
         settings: dict[str, Any] | None = None,
     ) -> Agent:

@@ -355,7 +355,7 @@ class Hosts:
         self._directory, self._pins, self._stack = directory, pins, stack
         self.pair = Pair(self.start("source"), self.start("target"))
 
-    def start(self, name: str, listen: str = "127.0.0.1:0", command: tuple[str, ...] = ()) -> Agent:
+    def start(self, name: str, listen: str = "", command: tuple[str, ...] = ()) -> Agent:
         running = agents.agent(
             name, self._directory, self._pins / name, listen=listen, command=command
         )

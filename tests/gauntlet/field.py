@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -64,15 +63,15 @@ class Field:
         self.machines = [one.machine for one in self.volumes if one.machine is not None]
         self.hosts = {name: Host(directory, name, plan, breach) for name in ("source", "target")}
         self._agents = stack.enter_context(ExitStack())  # ends before its devices
-        self.source = self._start("source", f"127.0.0.1:{_free_ports()}")
-        self.target = self._start("target", f"127.0.0.1:{_free_ports()}")
+        self.source = self._start("source")
+        self.target = self._start("target")
         port = int(self.target.address.rpartition(":")[2])
         self.proxy = Proxy("127.0.0.2", "127.0.0.1", (port, port + 1))
         stack.callback(self.proxy.close)
         self.peer = f"127.0.0.2:{port}"
         self.writers: list[subprocess.Popen[str]] = []
 
-    def _start(self, name: str, listen: str) -> Agent:
+    def _start(self, name: str, listen: str = "") -> Agent:
         running = agents.agent(
             name,
             self.directory,
@@ -219,15 +218,3 @@ def field(plan: Schedule, directory: Path, pins: Path, breach: str = "") -> Iter
     """Everything that a schedule needs, gone at the end whatever happens."""
     with ExitStack() as stack:
         yield Field(plan, directory, pins, stack, breach)
-
-
-def _free_ports() -> int:
-    """Return a port that is free together with the one after it."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            port = int(first.getsockname()[1])
-            try:
-                with socket.create_server(("127.0.0.1", port + 1)):
-                    return port
-            except OSError:
-                continue
