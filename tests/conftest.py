@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -24,9 +26,25 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+CLONE_NEWNS = 0x20000
+
+
 def pytest_configure() -> None:
     # A shell that starts us in the background has us, and all that we start, ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.geteuid() == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
+        _share_mounts()
+
+
+def _share_mounts() -> None:
+    """Let what one worker unmounts go from the namespaces that others have made, too.
+
+    Where `/` is private, as without systemd, it would stay mounted in them. In a namespace of this
+    session, which its workers inherit: how the host propagates mounts is not ours to change.
+    """
+    if ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0:
+        for how in ("--make-rslave", "--make-rshared"):
+            subprocess.run(["mount", how, "/"], check=True)
 
 
 def pytest_report_header() -> str:

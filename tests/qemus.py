@@ -143,7 +143,7 @@ class Qemu:
             f"mount --bind {own}/node {self.image}",
             'exec "$@"',
         ]
-        private = ["unshare", "--mount", "--propagation", "private"]
+        private = ["unshare", "--mount", "--propagation", "slave"]
         return [*private, "sh", "-ec", "; ".join(steps), "sh", *command]
 
     def _blockdev(self) -> dict[str, object]:

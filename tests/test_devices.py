@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,3 +77,23 @@ def test_fill_writes_the_seeded_content(image_file: Callable[..., Path]) -> None
     path = image_file(2 * MIB + 77)
     content.fill(path, seed=9)
     assert path.read_bytes() == content.content(2 * MIB + 77, seed=9)
+
+
+def test_what_is_unmounted_goes_from_the_namespaces_of_others(bare_directory: Path) -> None:
+    """Else a disk that one worker has unmounted stays in use while another's machine runs."""
+    place = bare_directory / "place"
+    place.mkdir()
+    devices.run("mount", "-t", "tmpfs", "tmpfs", place)
+    command = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", "echo; exec sleep 60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            other.stdout.readline()
+            mounts = Path(f"/proc/{other.pid}/mountinfo")
+            assert str(place) in mounts.read_text()
+            devices.run("umount", place)
+            assert str(place) not in mounts.read_text()
+        finally:
+            other.kill()
+            if place.is_mount():
+                devices.run("umount", place)

@@ -95,7 +95,7 @@ def _mounted(tools: Tools, device: str, kind: Kind, point: Path, *command: str) 
         "unshare",
         "--mount",
         "--propagation",
-        "private",
+        "slave",  # what the host unmounts meanwhile must not stay mounted in there
         "--pid",
         "--fork",
         "--kill-child",

@@ -16,7 +16,7 @@ from tests.e2e.test_resize import Hosts, assert_grown, converge, cut_over, hosts
 
 __all__ = ["hosts", "move", "programs"]
 
-OWN_MOUNTS = ("unshare", "--mount", "--propagation", "private")
+OWN_MOUNTS = ("unshare", "--mount", "--propagation", "slave")
 """An agent that runs so sees of the host's programs what a test leaves it."""
 Move = Callable[..., tuple[Disk, Disk]]
 
