@@ -21,7 +21,7 @@ import pytest
 
 from tests import host
 
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 """How long a helper process may take to get ready before the test fails."""
 
 

@@ -15,7 +15,7 @@ def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """Run one test's coroutine on a loop of its own, as the agent does, with a deadline."""
 
     async def bounded() -> Any:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             return await main()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

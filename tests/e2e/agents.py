@@ -28,7 +28,7 @@ Shown: TypeAlias = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
 ALLOWED = ("/dev/loop*", "/dev/zram*", f"{host.SCRATCH}/warmsync-test-*/*")
-SECONDS = 30.0
+SECONDS = 120.0
 """How long anything may take before the test fails; nothing is measured with it."""
 POLL_SECONDS = 0.02
 ENDED = frozenset({"FAILED", "CANCELLED", "ROLLED_BACK", "COMPLETED"})
@@ -222,8 +222,9 @@ def agent(
 ) -> Iterator[Agent]:
     """Run an agent until the end of the block.
 
-    `listen`: else on two ports that stay its own while it is down. `command` runs it (setpriv, say); `client` are the flags of commands that talk to it; `settings`
-    are further ones of its configuration, by section.
+    `listen` is where, if not on two ports that stay free while it is down; `command` runs it
+    (setpriv, say); `client` are the flags of commands that talk to it; `settings` are further ones
+    of its configuration, by section.
     """
     with starting(
         name,
