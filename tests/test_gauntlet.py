@@ -42,6 +42,7 @@ ENDS = ("rolled back", "finished", "cancelled", "forgotten", "undecided")
 BLOCK = 64 << 10
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_schedule_is_survived(seed: int) -> None:
     require("root", "loop", "bpf", "nbdkit", "fio")
@@ -124,9 +125,11 @@ def test_an_outage_lets_the_last_words_arrive_and_none_back() -> None:
             proxy.close()
 
 
+@pytest.mark.timeout(900)
 def test_a_broken_rule_is_noticed() -> None:
     require("root", "loop", "bpf", "nbdkit", "fio")
-    seen = notice("4", 1, 8)
+    # The power of a fragile target is cut in it, and both agents live: nothing else tells.
+    seen = notice("4", 13, 8)
     assert "bytes lost" in seen.judge, f"nobody missed the flush: {seen}"
 
 
