@@ -38,8 +38,8 @@ def fill_queue(path: str) -> ExitStack:
 def test_a_full_queue_is_waited_for(machine: Qemu) -> None:
     clients = fill_queue(machine.socket)
     leaving = threading.Timer(0.5, clients.close)
-    leaving.start()
     started = time.monotonic()
+    leaving.start()
     assert converse(machine.socket, query_status, 10.0) == "prelaunch"
     assert time.monotonic() - started > 0.4, "the queue was not full"
     leaving.join()

@@ -51,7 +51,7 @@ def test_a_disk_without_a_path_is_found_by_its_node(deaf: Qemu) -> None:
 def test_a_socket_that_is_no_qmp(
     deaf: Qemu, tmp_path: Path, resources: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(power, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(power, "PATIENCE_SECONDS", 3.0)
     mute = str(tmp_path / "mute")
     listening = resources.enter_context(socket.socket(socket.AF_UNIX))
     listening.bind(mute)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +13,17 @@ import pytest
 
 from agent.disk import SourceDisk, open_source
 from agent.migration import Scheme, Volume
-from agent.qemu import tidy
+from agent.qemu import device, tidy
 from agent.qemu.access import Seat
 from agent.qemu.image import Image
 from agent.qemu.keeper import Keeper, list_bitmaps
+from agent.qemu.monitor import Monitor, converse
 from agent.qemu.note import read_note
 from agent.store import Store
 from tests import qemus
 from tests.qemus import Qemu
 
+Work = Callable[[Monitor], Awaitable[object]]
 TOLD = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
@@ -29,12 +31,11 @@ TOLD = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadException
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again at once, not in a minute."""
     monkeypatch.setattr(tidy, "_AGAIN_SECONDS", 0.2)
-    monkeypatch.setattr(tidy, "_PATIENCE_SECONDS", 0.5)
 
 
 @pytest.fixture
 def seat(machine: Qemu) -> Seat:
-    return replace(machine.seat(), access=replace(machine.access, patience_seconds=0.5))
+    return machine.seat()
 
 
 def begin(machine: Qemu, seat: Seat) -> SourceDisk:
@@ -48,10 +49,16 @@ def begin(machine: Qemu, seat: Seat) -> SourceDisk:
 
 @contextmanager
 def somebody_at(qmp: str) -> Iterator[None]:
-    """A QMP socket serves one at a time."""
-    with socket.socket(socket.AF_UNIX) as client:
+    """A QMP socket serves one at a time; others give up soon, but only while this lasts."""
+
+    def hurried(path: str, work: Work, patience_seconds: float) -> object:
+        return converse(path, work, 0.5)
+
+    with socket.socket(socket.AF_UNIX) as client, pytest.MonkeyPatch.context() as patch:
         client.connect(qmp)
         assert client.recv(1)
+        for module in (device, tidy):
+            patch.setattr(module, "converse", hurried)
         yield
 
 
