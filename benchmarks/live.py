@@ -73,7 +73,7 @@ def measure(options: Options) -> Iterator[Figure]:
     require_devices(2 * size + GIB)
     require_ebpf()
     mirror.require_mirror()
-    times = (0.3, 0.3, 5.0, 0.3) if options.quick else (1.0, 3.0, 40.0, 3.0)
+    times = (1.0, 1.0, 5.0, 1.0) if options.quick else (1.0, 3.0, 40.0, 3.0)
     rates = RATES_MIB[:1] if options.quick else RATES_MIB
     runs: dict[int, dict[str, list[Lived]]] = {rate: {} for rate in rates}
     with (

@@ -290,15 +290,15 @@ def test_writes_slow_down_and_are_as_fast_as_before_afterwards(
     brake = found(real, journal, path)
     brake.prove()
     assert real.limits() == {}
-    free = write_in(real, path, 4)
     brake.limit(4 * MIB)
     assert real.limits() == {cgroups.number_of(path): 4 * MIB}
     slow = write_in(real, path, 4)
     brake.lift()
     assert real.limits() == {}
-    # Not how fast, but which of them: 4 MiB at 4 MiB/s take a second, less one slice.
+    # Not how fast, but which of them: 4 MiB at 4 MiB/s take a second, less one slice. What else
+    # the machine does may slow a free run as well, but hardly five.
     assert slow > 0.5
-    assert slow > 3 * max(free, write_in(real, path, 4))
+    assert any(write_in(real, path, 4) < slow / 3 for _ in range(5))
 
 
 @pytest.mark.usefixtures("resident")

@@ -245,7 +245,7 @@ def test_a_watch_that_ends_too_early_is_a_failure(fake: FakeAgent) -> None:
 
 def test_migrate_gives_up_waiting(fake: FakeAgent) -> None:
     fake.watched, fake.hang = [migration()], True
-    result = invoke(*MIGRATE, "--wait", "converged", "--timeout", "50ms", "--json", agent=fake)
+    result = invoke(*MIGRATE, "--wait", "converged", "--timeout", "2s", "--json", agent=fake)
     assert result.exit_code == 3
     shown = json.loads(result.stdout)
     assert (shown["state"], shown["error"]["reason"]) == ("SYNCING", "TIMED_OUT")

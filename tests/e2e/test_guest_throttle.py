@@ -24,8 +24,8 @@ SIZE = 8 * MIB
 LEAST = MIB // 2
 ALLOW = ("--allow-cgroup", f"{host.BLKIO}/warmsync-test-*")
 WRITER = ("--rw=randwrite", "--bs=4096", "--rate=40m", "--time_based", "--runtime=600")
-STALLING = ("--tracker", "ebpf", "--bandwidth-limit", "8M", "--max-downtime", "300ms")
-"""The guest dirties the whole disk in each round, which takes a second to send."""
+STALLING = ("--tracker", "ebpf", "--bandwidth-limit", "2M", "--max-downtime", "1s")
+"""The guest dirties the whole disk in each round, which takes four seconds to send."""
 
 
 @pytest.fixture

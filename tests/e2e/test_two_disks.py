@@ -20,7 +20,7 @@ from tests import content
 from tests.content import Disk
 from tests.devices import LoopDevice
 from tests.e2e import disks
-from tests.e2e.agents import Pair
+from tests.e2e.agents import Pair, eventually
 from tests.e2e.disks import MIB
 
 SIZE = 16 * MIB
@@ -88,11 +88,13 @@ def test_log_and_data_are_of_one_moment(
 ) -> None:
     words = ("--tracker", tracker, "--max-downtime", "5s", "--wait", "converged")
     name = pair.start(*words, volumes=volumes)
+    said = tmp_path / "acknowledged"
+    eventually(lambda: said.read_bytes().count(b"\n"), lambda lines: lines > SLOTS)
     time.sleep(random.random() / 4)
     database.send_signal(signal.SIGKILL)
     database.wait()
     pair.source.ask("cutover", name, "--force")
-    acknowledged = int((tmp_path / "acknowledged").read_text().split()[-1])
+    acknowledged = int(said.read_text().split()[-1])
     log, data = _records(volumes[0][1], 1), _records(volumes[1][1], 37)
     newest, applied = max(log.values()), max(data.values())
     assert acknowledged <= applied <= newest <= applied + 1, (acknowledged, applied, newest)

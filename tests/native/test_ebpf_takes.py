@@ -28,6 +28,7 @@ from tests.native.tracking import (
     differing,
     flush,
     read_direct,
+    touched,
     write_direct,
 )
 
@@ -68,6 +69,20 @@ def follow(tracked: Tracked, guest: subprocess.Popen[str], shadow: bytearray) ->
     union.merge(taken)
     copy_marked(tracked.path, taken, shadow)
     return union
+
+
+def forget_missed(tracked: Tracked) -> set[int]:
+    """Forget notes of writes that have all landed; return their blocks, which the last take left.
+
+    The kernel may skip a program (see dirty.bpf.c), also that of a completion.
+    """
+    inflight = Path("/sys/block") / Path(tracked.path).name / "inflight"
+    found: set[int] = set()
+    if set(inflight.read_text().split()) == {"0"}:
+        for note in tracked.kernel.in_flight():
+            found |= touched(note.sector * 512, note.sector_count * 512)
+            tracked.kernel.forget(note)
+    return found
 
 
 def await_write_in_flight(path: str) -> None:
@@ -114,7 +129,8 @@ def test_a_copy_that_follows_the_marks_ends_equal(path: str, track: Track, workl
     after = content(path)
     assert differing(bytes(shadow), after) == set()
     # Nothing else was marked since: the guest has stopped.
-    assert tracked.take().count() == 0
+    missed = forget_missed(tracked)
+    assert blocks_of(tracked.take()) <= missed
     changed = differing(before, after)
     assert changed
     assert all(union.is_marked(number * tracked.block) for number in changed)

@@ -196,7 +196,7 @@ def test_a_silent_server_is_given_up(image: Path, directory: Path) -> None:
     assert not switch.exists()
     with (
         server(directory, *words) as path,
-        NbdDevice("/disk", socket_path=path, export="", patience_seconds=0.2) as device,
+        NbdDevice("/disk", socket_path=path, export="", patience_seconds=2.0) as device,
     ):
         assert failure(lambda: read(device, 0, 512)).errno == errno.ETIMEDOUT
 

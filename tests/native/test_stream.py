@@ -51,7 +51,7 @@ class Line:
     target: Path
     devices: list[BlockDevice]
     connections: list[str]
-    marks: DirtyBitmap = field(default_factory=lambda: DirtyBitmap(SIZE, BLOCK))
+    marks: DirtyBitmap
 
     def round(self, generation: int = 1) -> float:
         """Send what is marked, as both agents do; returns what the target's flush is said to be."""
@@ -102,16 +102,17 @@ def line(
     ring: bool = True,
     ack_seconds: int = 300,
     ledger: Ledger | None = None,
+    size: int = SIZE,
 ) -> Iterator[Line]:
     source, target = directory / "source.img", directory / "target.img"
-    source.write_bytes(noise())
-    target.write_bytes(os.urandom(SIZE))
+    source.write_bytes(noise(size))
+    target.write_bytes(os.urandom(size))
     devices = [BlockDevice(str(source)), BlockDevice(str(target), writable=True)]
     tokens = Tokens()
     pairs = [greeted(tokens, tokens.issue(SECONDS), tls=tls) for _ in range(connections)]
     receiver = Receiver(
         [devices[1]],
-        [SIZE],
+        [size],
         connections=connections,
         generation=1,
         ring=ring,
@@ -130,7 +131,7 @@ def line(
         ack_seconds=ack_seconds,
     )
     try:
-        yield Line(sender, receiver, source, target, devices, said)
+        yield Line(sender, receiver, source, target, devices, said, DirtyBitmap(size, BLOCK))
     finally:
         sender.stop()
         sender.cut()
@@ -399,7 +400,8 @@ def test_scattered_blocks_without_io_uring(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["pause", "limit"])
 def test_controls_act_within_a_slice_and_hold_no_acknowledgement(tmp_path: Path, how: str) -> None:
     """What counts as a tenth of a second is bytes here: a slice a connection may still go out."""
-    with line(tmp_path, connections=2) as one:
+    # So much that it is not all sent before the control comes, however late that is.
+    with line(tmp_path, connections=2, size=64 << 20) as one:
         one.marks.set_all()
         one.sender.limit(20 << 20)
         sending = in_background(lambda: one.sender.send([(0, one.marks)], 1))

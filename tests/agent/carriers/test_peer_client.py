@@ -31,7 +31,7 @@ def test_a_connection_that_was_spoilt_is_replaced(
     tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever byte is damaged, once: the next calls come through."""
-    monkeypatch.setattr(peer_client, "CALL_SECONDS", 1.0)
+    monkeypatch.setattr(peer_client, "CALL_SECONDS", 3.0)
     random.seed(1)  # which the proxy draws from
     assert run(lambda: _spoil_many(tmp_path, target)) & {"PEER_UNKNOWN", "PEER_INTERNAL"}
 
@@ -210,7 +210,6 @@ def test_digests_that_do_not_come_are_not_waited_for(
     tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The target's disk hangs in the middle, its agent does not."""
-    monkeypatch.setattr(peer_client, "ACK_SECONDS", 0.5)
     gate = asyncio.Event()
 
     async def stalled(self: TargetSession, volume: int) -> AsyncIterator[tuple[int, bytes]]:
@@ -223,6 +222,7 @@ def test_digests_that_do_not_come_are_not_waited_for(
         async with rig("grpc", tmp_path, [target]) as r:
             digests = r.peer.digests(r.token, 0)
             assert await anext(digests) == (0, b"first")
+            monkeypatch.setattr(peer_client, "ACK_SECONDS", 0.5)
             with pytest.raises(Unavailable, match="it read nothing of its disk") as caught:
                 await anext(digests)
             assert caught.value.reason == "PEER_LOST"

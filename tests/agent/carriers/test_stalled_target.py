@@ -28,13 +28,14 @@ from tests.agent.rpc_helpers import run
 from tests.agent.target.sessions import is_claimed
 from tests.content import read_all
 from tests.devices import LoopDevice
+from tests.e2e.agents import eventually
 from tests.gauntlet.fragile import FragileDisk, fragile_disk
 
 STEP = 65536
 
 
-async def stall(rig: Rig, carrier: Carrier, source: Path) -> asyncio.Task[None]:
-    """Send what the disk does not write; returns the task that sends."""
+async def stall(rig: Rig, carrier: Carrier, source: Path, hung: Path) -> asyncio.Task[None]:
+    """Send what the disk does not write, until it is asked to; returns the task that sends."""
 
     async def send() -> None:
         with suppress(WarmsyncError):  # it is cut
@@ -43,7 +44,7 @@ async def stall(rig: Rig, carrier: Carrier, source: Path) -> asyncio.Task[None]:
 
     sending = asyncio.create_task(send())
     await until(rig.session.bell, lambda: rig.session._intake.streaming)
-    await asyncio.sleep(0.3)
+    await asyncio.to_thread(eventually, lambda: in_flight(hung), bool)
     return sending
 
 
@@ -54,6 +55,12 @@ async def send_round(rig: Rig, source: Path) -> None:
         await carrier.flush(1)
     finally:
         await carrier.close()
+
+
+def in_flight(disk: Path) -> int:
+    """Return how many requests a device has been given and has not answered."""
+    counts = Path("/sys/block") / disk.resolve().name / "inflight"
+    return sum(map(int, counts.read_text().split()))
 
 
 async def refuse(rig: Rig, epoch: int) -> WarmsyncError:
@@ -76,7 +83,7 @@ def test_a_disk_that_does_not_answer_is_named(
         async with make_rig(hung, target) as rig:
             carrier = await rig.open_carrier()
             with disk.stalled():
-                sending = await stall(rig, carrier, source)
+                sending = await stall(rig, carrier, source, hung)
                 for epoch in (2, 3):  # it is waited for each time, and never claimed meanwhile
                     error = await refuse(rig, epoch)
                     assert error.reason == "TARGET_IO_ERROR"
@@ -111,7 +118,7 @@ def test_a_session_given_up_over_a_hung_disk_keeps_it_until_it_answers(
         async with make_rig(hung) as rig:
             carrier = await rig.open_carrier()
             with disk.stalled():
-                sending = await stall(rig, carrier, source)
+                sending = await stall(rig, carrier, source, hung)
                 session = rig.session
                 await refuse(rig, 2)
                 rig.token = session_token(SECRET, 2)

@@ -72,6 +72,7 @@ def test_what_is_still_held_after_a_cancellation_is_nobody_elses(
         assert (
             await refused(host.registry.create(host.plan("b", "a")))
         ).reason == "DEVICE_IN_MIGRATION"
+        monkeypatch.setattr(source_module, "CANCEL_SECONDS", 20.0)
         gate.set()
         await migration.cancel()
         host.registry.forget("a")

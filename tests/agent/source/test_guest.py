@@ -226,6 +226,8 @@ def test_a_pause_during_a_take_is_not_followed_by_a_limit(end: Source, brake: Fa
     async def steps(migration: SourceMigration) -> None:
         for _ in range(20):
             migration.pause()
+            assert migration._guest._letting_go is not None
+            await migration._guest._letting_go
             await asyncio.sleep(0.01)
             assert brake.on == 0
             migration.resume()

@@ -21,9 +21,10 @@ from agent.source import SourceMigration, stall
 from agent.source.stall import Silence, StallWatch
 from agent.state import State
 from native.buffer import AlignedBuffer
-from tests.agent.ends import Source, until
+from tests.agent.ends import Source, source, until
 from tests.agent.migrations import assert_given_up, assert_state, reach, trial
 from tests.agent.rpc_helpers import run
+from tests.devices import scratch_directory
 from tests.gauntlet.fragile import FragileDisk, fragile_disk
 
 SIZE = 8 << 20
@@ -36,6 +37,13 @@ def read(disk: SourceDisk) -> None:
 
 def flush(disk: SourceDisk) -> None:
     disk.flush()
+
+
+@pytest.fixture
+def end(monkeypatch: pytest.MonkeyPatch) -> Iterator[Source]:
+    """As elsewhere, in memory: a busy host's disk may not answer for a while itself."""
+    with scratch_directory() as directory, source(directory, monkeypatch, volumes=2) as made:
+        yield made
 
 
 @contextmanager
@@ -168,6 +176,7 @@ def test_cancelled_while_a_disk_hangs_it_answers(
             assert_state(migration, State.CANCELLED)
             assert migration.is_giving_up
         assert end.is_open()
+        monkeypatch.setattr(source_module, "CANCEL_SECONDS", 20.0)
         answers.set()
         await migration.cancel()
         assert not migration.is_giving_up
