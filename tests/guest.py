@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests import devices
 
-_SECONDS = 60.0
+_SECONDS = 120.0
 
 
 def fio(path: str | Path, *options: str) -> subprocess.Popen[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from agent.qemu.access import Access, Seat
 from agent.qemu.monitor import Monitor, converse
 
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 
 
 @dataclass

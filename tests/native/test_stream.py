@@ -38,7 +38,7 @@ from native.stream import (
 BLOCK = 4096
 SIZE = (6 << 20) + 512
 TLS = pytest.mark.parametrize("tls", [False, True], ids=["clear", "tls"])
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 @dataclass

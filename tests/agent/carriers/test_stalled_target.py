@@ -95,6 +95,7 @@ def test_a_disk_that_does_not_answer_is_named(
                 for begin in (rig.session.begin_stream, lambda: rig.session.expect(1)):
                     with pytest.raises(FailedPrecondition):
                         begin()
+            monkeypatch.setattr(intake_module, "DRAIN_SECONDS", 20.0)
             await carrier.close()
             await sending
             assert (await rig.peer.resume(SECRET, 4)).generation == 0

@@ -349,7 +349,7 @@ def test_a_qemu_that_is_silent_does_not_matter_to_others(
 ) -> None:
     with silent_socket(machine.directory / "a-silent.sock"):
         sockets = (f"{machine.directory}/*.sock",)
-        access = replace(machine.access, sockets=sockets, patience_seconds=1.0)
+        access = replace(machine.access, sockets=sockets, patience_seconds=3.0)
         machine.write(1, 3 * MIB, MIB)
         disk.detach()
         if not runs:

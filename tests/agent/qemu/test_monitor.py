@@ -51,7 +51,7 @@ def test_the_wait_has_an_end(machine: Qemu) -> None:
         with pytest.raises(Unavailable) as caught:
             converse(machine.socket, query_status, 0.5)
         assert caught.value.reason == "QMP_UNREACHABLE"
-        assert 0.4 < time.monotonic() - started < 5
+        assert 0.4 < time.monotonic() - started < 60
 
 
 EVENT = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "JOB_STATUS_CHANGE"}'

@@ -195,7 +195,9 @@ def test_what_a_slow_try_opens_after_the_cancel_is_given_back(
         assert caught(lambda: host.registry.forget("web1")).reason == "NOT_ENDED"
         busy.gate.set()
         await until(lambda: bool(busy.opened) and not busy.is_open())
-        await asyncio.sleep(0.1)
+        one = host.registry.get("web1")
+        assert isinstance(one, waiting_module.Waiting)
+        await until(lambda: not one.is_giving_up)
         host.registry.forget("web1")
 
     trial(tmp_path, steps)

@@ -141,13 +141,13 @@ def test_what_was_lost_long_ago_does_not_count(
     end: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection that held ends it, though no round became durable: a comparison takes long."""
-    monkeypatch.setattr(patience_module, "RETRY_FOR_SECONDS", 0.3)
+    monkeypatch.setattr(patience_module, "RETRY_FOR_SECONDS", 2.0)
     monkeypatch.setattr(patience_module, "FIRST_RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(patience_module, "WELL_SECONDS", 0.4)
+    monkeypatch.setattr(patience_module, "WELL_SECONDS", 2.2)
     end.peer.errors["open_carrier"] = [LOST]
 
     def hold_and_lose() -> None:
-        time.sleep(0.5)
+        time.sleep(2.5)
         raise LOST
 
     end.carrier.before["send"] = hold_and_lose

@@ -427,6 +427,7 @@ def test_a_flush_whose_caller_has_gone_is_waited_for(
             "TARGET_IO_ERROR",
             str(target),
         )
+        monkeypatch.setattr(intake_module, "DRAIN_SECONDS", 20.0)
         gate.set()
         assert await session.resume(session.secret, 3) == 0
 

@@ -106,6 +106,7 @@ def test_a_session_that_could_not_be_written_down_is_gone(
             with pytest.raises(ResourceExhausted):
                 await registry.open_session(request([target]))
             assert not is_claimed(target)
+            monkeypatch.setattr(target_module, "OPENING_SECONDS", 60.0)
             session = await registry.open_session(request([target]))
             session.begin_stream()
             await asyncio.sleep(0.3)
