@@ -92,7 +92,7 @@ def mounts_and_loops(window: Path) -> list[str]:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-        found = [line for line in mounts if f" {window} " in line]
+        found = [line for line in mounts if f" {window}" in line]
         for path in Path("/sys/block").glob("loop*/loop/backing_file"):
             try:
                 found += [str(path)] if str(window) in path.read_text() else []
