@@ -38,12 +38,13 @@ COMPILER = ["clang", "-g", "-O1", "-fsanitize=fuzzer,address,undefined", "-D_GNU
 COMPILER += ["-fno-sanitize-recover=undefined", "-I", str(ROOT / "native")]
 LIBRARIES = ["-lssl", "-lcrypto", "-lpthread"]
 # An input that takes minutes hangs; on a busy machine one waited 17 s for its turn.
-OPTIONS = [f"-max_total_time={SECONDS}", "-timeout=300", "-print_final_stats=1"]
+HANGS_SECONDS = 300
+OPTIONS = [f"-max_total_time={SECONDS}", f"-timeout={HANGS_SECONDS}", "-print_final_stats=1"]
 # Else a whole record goes as soon as a smaller one takes the same branches, and its fields with it.
 OPTIONS.append("-keep_seed=1")
 LONGEST_BYTES = {"frame": 16384, "greeting": 16384, "journal": 8192, "certificate": 8192}
 
-pytestmark = pytest.mark.timeout(SECONDS + 300)
+pytestmark = pytest.mark.timeout(SECONDS + HANGS_SECONDS + 300)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_whatever_comes_is_survived(
     process = running[name]
     if isinstance(process, str):
         pytest.skip(process)
-    code = process.wait(SECONDS + 240)
+    code = process.wait(SECONDS + HANGS_SECONDS + 120)  # a hang is told, with its input, by then
     log = (directory / f"{name}.log").read_text(errors="replace")
     inputs = [
         f"{path.name}: {base64.b64encode(path.read_bytes()).decode()}"

@@ -40,7 +40,7 @@ REPORTS = ("AddressSanitizer:", "runtime error:", "UndefinedBehaviorSanitizer:")
 PYTEST = ["-m", "pytest", "-q", "--capture=no", "-p", "no:cacheprovider", "tests/native"]
 
 pytestmark = [
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to build with sanitizers"),
 ]
 
