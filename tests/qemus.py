@@ -33,6 +33,8 @@ class Qemu:
     """Whether it has the block device by a node of its own, as libvirt's QEMUs have."""
     options: dict[str, object] = field(default_factory=dict)
     """More options of the disk."""
+    filters: tuple[str, ...] = ()
+    """Drivers of what stands between the disk and a machine's device, the lowest first."""
 
     @property
     def source(self) -> str:
@@ -105,7 +107,12 @@ class Qemu:
             ]
         )
 
-    def start_machine(self, *flags: str) -> None:
+    @property
+    def top(self) -> str:
+        """The node that a machine's device has."""
+        return f"filter{len(self.filters)}" if self.filters else "disk"
+
+    def start_machine(self, *flags: str, device: str = "virtio-blk-pci") -> None:
         """A QEMU without a processor at work: its HMP writes, as a guest's disk would."""
         self.start(
             [
@@ -113,8 +120,9 @@ class Qemu:
                 *("-machine", "q35,accel=tcg", "-nodefaults", "-display", "none", "-m", "32"),
                 *("-qmp", f"unix:{self.socket},server=on,wait=off"),
                 *("-blockdev", json.dumps(self._blockdev())),
-                *("-device", "virtio-blk-pci,drive=disk,id=drive,share-rw=on"),
+                *self._filter_flags(),
                 *flags,
+                *("-device", f"{device},drive={self.top},id=drive,share-rw=on"),
             ]
         )
 
@@ -145,6 +153,16 @@ class Qemu:
         ]
         private = ["unshare", "--mount", "--propagation", "slave"]
         return [*private, "sh", "-ec", "; ".join(steps), "sh", *command]
+
+    def _filter_flags(self) -> list[str]:
+        words, below = ["-object", "throttle-group,id=limits,x-iops-total=100000"], "disk"
+        for i, driver in enumerate(self.filters, 1):
+            block = {"driver": driver, "node-name": f"filter{i}", "file": below}
+            if driver == "throttle":
+                block["throttle-group"] = "limits"
+            words += ["-blockdev", json.dumps(block)]
+            below = f"filter{i}"
+        return words if self.filters else []
 
     def _blockdev(self) -> dict[str, object]:
         file: dict[str, object] = {"driver": "file", "filename": str(self.image)}

@@ -238,9 +238,11 @@ class QemuDevice(NbdDevice):
         moved = users.moved(export, self._users)
         if moved:
             raise replaced(self._source, self.node.socket, f"a job has moved it to node {moved}")
+        ours = export_user(self.seat.access.prefix)
+        if self._known is None:
+            users.check_used(self._source, self.node.socket, ours)
         if export_user(export) not in users.here:
             self.redirect(socket_path=self._show(), export=export)
-        ours = export_user(self.seat.access.prefix)
         self._users = frozenset(one for one in users.here if not one.startswith(ours))
 
     def _rest(self) -> None:

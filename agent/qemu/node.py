@@ -16,8 +16,8 @@ from agent.errors import FailedPrecondition, NotAllowed, NotFound, Unavailable, 
 from agent.qemu.access import Access
 from agent.qemu.monitor import Monitor, converse
 
-FILTERS = frozenset({"commit_top", "copy-before-write", "copy-on-read", "mirror_top"})
-"""Nodes that jobs put over a disk and that go by its file's name; what is written passes them."""
+FILTERS = frozenset({"commit_top", "copy-before-write", "copy-on-read", "mirror_top", "throttle"})
+"""Nodes that stand over a disk, a job's or for good: what is written passes them."""
 _PROTOCOLS = frozenset({"file", "host_device", "nvme"})
 """Nodes under a format, which show the image's own bytes."""
 _OPTIONS = "json:"

@@ -37,12 +37,12 @@ def machine(site: Site) -> Qemu:
 
 
 def mirror(qemu: Qemu) -> None:
-    """Copy the disk to another image, and let the guest go on there."""
+    """Copy what the guest has to another image, and let it go on there."""
     other = qemu.directory / "other.qcow2"
     qemus.create(other, SIZE, "qcow2")
     file = {"driver": "file", "filename": str(other)}
     qemu.ask("blockdev-add", driver="qcow2", node_name="new", file=file)
-    qemu.ask("blockdev-mirror", job_id="job", device="disk", target="new", sync="full")
+    qemu.ask("blockdev-mirror", job_id="job", device=qemu.top, target="new", sync="full")
     jobs = lambda: qemu.ask("query-block-jobs")  # noqa: E731
     eventually(jobs, lambda found: found[0]["ready"])
     qemu.ask("block-job-complete", device="job")
@@ -76,6 +76,62 @@ def test_a_mirror_ends_the_migration(deleted: bool, site: Site, machine: Qemu) -
     site.source.wait(again, "CONVERGED")
     site.cut_over(again)
     machine.image = machine.directory / "other.qcow2"
+    qemus.assert_same(machine, site.target)
+
+
+@pytest.mark.parametrize("filters", ["copy-on-read", "throttle", "throttle copy-on-read"])
+def test_a_mirror_of_a_filter_ends_the_migration(filters: str, site: Site) -> None:
+    """The guest is on a filter over the disk; our export, on the disk itself, is not moved."""
+    machine = site.qemu
+    machine.filters = tuple(filters.split())
+    machine.start_machine()
+    machine.write(0x11, 0, MIB, machine.top)
+    name = site.move()
+    site.source.wait(name, "CONVERGED")
+    mirror(machine)
+    machine.write(0x99, 20 * MIB, MIB, "new")
+    machine.ask("stop")
+    refused = site.source.run("cutover", name, "--force")
+    assert refused.code == 1, refused
+    await_failed(site, name)
+    again = site.move(source=machine.directory / "other.qcow2")
+    site.source.wait(again, "CONVERGED")
+    site.cut_over(again)
+    machine.image = machine.directory / "other.qcow2"
+    qemus.assert_same(machine, site.target)
+
+
+def test_a_disk_under_filters_is_moved(site: Site) -> None:
+    machine = site.qemu
+    machine.filters = ("throttle", "copy-on-read")
+    machine.start_machine()
+    machine.write(0x11, 0, MIB, machine.top)
+    name = site.move()
+    site.source.wait(name, "CONVERGED")
+    machine.write(0x22, 8 * MIB, MIB, machine.top)
+    machine.ask("stop")
+    assert site.cut_over(name)["suspect_volumes"] == 0
+    qemus.assert_same(machine, site.target)
+
+
+def test_the_base_of_a_commit_is_moved_after_its_end(site: Site, machine: Qemu) -> None:
+    """Until then it can be written, as a disk can, and lacks what the job has yet to copy."""
+    over = machine.directory / "over.qcow2"
+    names = {"snapshot_file": str(over), "snapshot_node_name": "over"}
+    machine.ask("blockdev-snapshot-sync", node_name="disk", **names)
+    machine.write(0x99, 20 * MIB, 8 * MIB, "over")
+    machine.ask("block-commit", job_id="job", device="over", speed=MIB)
+    site.refuse("QEMU_DISK_UNUSED")
+    site.assert_nothing_of_ours()
+    machine.ask("block-job-set-speed", device="job", speed=0)
+    jobs = lambda: machine.ask("query-block-jobs")  # noqa: E731
+    eventually(jobs, lambda found: found[0]["ready"])
+    machine.ask("block-job-complete", device="job")
+    eventually(jobs, lambda found: not found)
+    name = site.move()
+    site.source.wait(name, "CONVERGED")
+    machine.ask("stop")
+    site.cut_over(name)
     qemus.assert_same(machine, site.target)
 
 

@@ -1,0 +1,137 @@
+"""Who uses a disk: through filters, or not yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+
+from agent.qemu.monitor import Monitor, converse
+from agent.qemu.node import find_node
+from agent.qemu.users import Users, find_users
+from tests import devices, qemus
+from tests.agent.qemu.conftest import (
+    MIB,
+    SIZE,
+    Open,
+    await_ready,
+    begin_mirror,
+    pivot,
+    reason,
+    stand_on_an_overlay,
+    start,
+    take,
+)
+from tests.qemus import Qemu
+
+Make = Callable[..., Qemu]
+DEVICE = "device /machine/peripheral/drive/virtio-backend"
+
+
+def users(qemu: Qemu, node: str = "disk") -> Users:
+    async def ask(monitor: Monitor) -> Users:
+        return await find_users(monitor, node)
+
+    return converse(qemu.socket, ask, qemus.PATIENCE_SECONDS)
+
+
+@pytest.fixture(params=["copy-on-read", "throttle", "throttle copy-on-read"])
+def filtered(request: pytest.FixtureRequest, make_disk: Make) -> Qemu:
+    """A machine with filters of its own over its disk, as libvirt's copy_on_read='on' makes."""
+    devices.require("qemu-system")
+    qemu = make_disk()
+    qemu.filters = tuple(request.param.split())
+    qemu.start_machine("-S")
+    return qemu
+
+
+def test_a_guest_over_filters_that_gets_another_disk_is_noticed(
+    filtered: Qemu, resources: ExitStack
+) -> None:
+    disk = start(filtered, resources)
+    assert disk.device._users == {DEVICE}  # type: ignore[attr-defined]
+    filtered.write(1, MIB, MIB, filtered.top)
+    assert take(disk) == [1]
+    begin_mirror(filtered, filtered.top)
+    filtered.write(2, 2 * MIB, MIB, filtered.top)
+    assert take(disk) == [2]
+    pivot(filtered)
+    filtered.write(3, 3 * MIB, MIB, "new")
+    assert [reason(look) for look in (disk.look, lambda: take(disk))] == ["QEMU_DISK_REPLACED"] * 2
+    disk.close()
+    assert (filtered.bitmaps(), filtered.exports()) == ([], [])
+
+
+def test_a_guest_over_a_filter_of_another_disk_is_elsewhere(make_disk: Make) -> None:
+    """Even if both lie in one file, which is all that their names tell."""
+    devices.require("qemu-system")
+    qemu = make_disk("parts", "raw")
+    qemu.filters, qemu.options = ("copy-on-read",), {"size": 4 * MIB}
+    file = {"driver": "file", "filename": str(qemu.image), "locking": "off"}
+    qemu.start_machine("-S")
+    other = {"driver": "raw", "node_name": "other", "offset": 4 * MIB, "size": 4 * MIB}
+    qemu.ask("blockdev-add", **other, file=file, read_only=True)
+    assert users(qemu).here == {DEVICE}
+    assert users(qemu, "other") == Users(frozenset(), {DEVICE: "filter1"})
+
+
+def test_a_disk_without_a_file_has_users_over_filters_too(machine: Qemu) -> None:
+    machine.ask("blockdev-add", driver="null-co", node_name="net", size=SIZE)
+    machine.ask("blockdev-add", driver="copy-on-read", node_name="over", file="net")
+    machine.ask("nbd-server-start", addr={"type": "unix", "data": {"path": machine.nbd_socket}})
+    machine.ask("block-export-add", type="nbd", id="guest", node_name="over", name="guest")
+    assert users(machine, "net").here == {"export guest"}
+    assert users(machine).here == {DEVICE}
+
+
+def test_what_a_filters_job_writes_to_is_not_under_it(machine: Qemu) -> None:
+    machine.ask("blockdev-add", driver="null-co", node_name="copy", size=SIZE)
+    machine.ask("blockdev-backup", job_id="job", device="disk", target="copy", sync="none")
+    assert users(machine).here == {DEVICE}
+    assert users(machine, "copy").here == frozenset()
+
+
+def test_the_base_of_a_commit_that_runs_is_no_source(machine: Qemu, open_disk: Open) -> None:
+    stand_on_an_overlay(machine)
+    machine.ask("block-commit", job_id="job", device="over")
+    await_ready(machine)
+    assert find_node(str(machine.image), machine.access).name == "disk"  # it can be written
+    early = open_disk()
+    assert reason(early.start) == "QEMU_DISK_UNUSED"
+    early.close()
+    assert (machine.bitmaps(), machine.exports()) == ([], [])
+    pivot(machine)
+    disk = open_disk()
+    disk.start()
+    machine.write(1, 2 * MIB, MIB)
+    assert take(disk) == [2]
+
+
+def test_the_target_of_a_mirror_that_runs_is_no_source(machine: Qemu, open_disk: Open) -> None:
+    begin_mirror(machine)
+    other = str(machine.directory / "other.qcow2")
+    assert reason(lambda: open_disk(other)) == "QMP_REFUSED"  # the job lets nobody read it
+    pivot(machine)
+    disk = open_disk(other)
+    disk.start()
+    machine.write(1, 2 * MIB, MIB, "new")
+    assert take(disk) == [2]
+
+
+def test_a_storage_daemon_may_have_a_disk_that_nobody_uses(
+    make_disk: Make, resources: ExitStack
+) -> None:
+    """As one that was opened for a VM that is off. Our own exports of another are no users."""
+    qemu = make_disk()
+    qemu.start_daemon()
+    second = qemu.directory / "second.qcow2"
+    qemus.create(second, SIZE, "qcow2")
+    file = {"driver": "file", "filename": str(second)}
+    qemu.ask("blockdev-add", driver="qcow2", node_name="second", file=file)
+    other = Qemu(qemu.directory, second, "qcow2")
+    refused = lambda: start(other, resources, "move-1")  # noqa: E731
+    assert reason(refused) == "QEMU_DISK_UNUSED"  # the guest is on the first
+    qemu.ask("block-export-del", id="guest", mode="hard")
+    assert start(qemu, resources).look() == 0
+    assert start(other, resources, "move-1").look() == 0
