@@ -238,6 +238,7 @@ class QemuDevice(NbdDevice):
         moved = users.moved(export, self._users)
         if moved:
             raise replaced(self._source, self.node.socket, f"a job has moved it to node {moved}")
+        users.check_tracked(self._source)
         ours = export_user(self.seat.access.prefix)
         if self._known is None:
             users.check_used(self._source, self.node.socket, ours)

@@ -1,9 +1,10 @@
-"""Who uses a disk: through filters, or not yet."""
+"""Who uses a disk: through filters, not yet, or past QEMU's bitmaps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -135,3 +136,52 @@ def test_a_storage_daemon_may_have_a_disk_that_nobody_uses(
     qemu.ask("block-export-del", id="guest", mode="hard")
     assert start(qemu, resources).look() == 0
     assert start(other, resources, "move-1").look() == 0
+
+
+def test_a_scsi_disk_is_a_source(make_disk: Make, resources: ExitStack) -> None:
+    devices.require("qemu-system")
+    qemu = make_disk()
+    qemu.start_machine("-S", "-device", "virtio-scsi-pci", device="scsi-hd")
+    disk = start(qemu, resources)
+    assert disk.device._users == {"device drive"}  # type: ignore[attr-defined]
+    assert users(qemu).passed_through == frozenset()
+
+
+@pytest.mark.parametrize("kind", ["scsi-block", "scsi-generic"])
+@pytest.mark.parametrize("device", ["virtio-blk-pci", "scsi-hd"])
+def test_a_scsi_device_that_is_passed_through_is_no_source(
+    make_disk: Make, resources: ExitStack, monkeypatch: pytest.MonkeyPatch, kind: str, device: str
+) -> None:
+    """Which takes an SG device: QEMU says so of another, by its QOM path or its id."""
+    devices.require("qemu-system")
+    qemu = make_disk()
+    qemu.start_machine("-S", "-device", "virtio-scsi-pci", device=device)
+    execute, asked = Monitor.execute, list[object]()
+
+    async def answer(monitor: Monitor, command: str, **arguments: object) -> Any:
+        told = await execute(monitor, command, **arguments)
+        if command == "qom-get":
+            asked.append((arguments["path"], told))
+            return kind
+        return told
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "execute", answer)
+        assert reason(lambda: start(qemu, resources)) == "TRACKER_UNSUITABLE"
+    scsi = ("/machine/peripheral/drive", "scsi-hd")
+    virtio = ("/machine/peripheral/drive/virtio-backend", "virtio-blk-device")
+    assert asked == [scsi if device == "scsi-hd" else virtio]
+    assert start(qemu, resources).look() == 0
+
+
+def test_a_device_that_is_gone_is_none(machine: Qemu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unplugged between two questions."""
+    execute = Monitor.execute
+
+    async def answer(monitor: Monitor, command: str, **arguments: object) -> Any:
+        if command == "qom-get":
+            arguments["path"] = "/machine/peripheral/gone"
+        return await execute(monitor, command, **arguments)
+
+    monkeypatch.setattr(Monitor, "execute", answer)
+    assert users(machine).passed_through == frozenset()
