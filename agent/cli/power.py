@@ -11,7 +11,6 @@ import click
 
 from agent.cli.connection import json_option
 from agent.cli.types import DURATION
-from agent.errors import NotFound
 from agent.units import format_seconds
 
 
@@ -34,7 +33,7 @@ from agent.units import format_seconds
     help="How long the guest may take.",
 )
 @click.option("--kill", is_flag=True, help="End QEMU after that time: as a power cut.")
-@click.option("--allow-off", is_flag=True, help="It is well if no QEMU has the disks.")
+@click.option("--allow-off", is_flag=True, help="It is well if disks are open in no QEMU.")
 @json_option
 @click.argument("disks", nargs=-1, metavar="[PATH]...")
 def power_down(
@@ -65,13 +64,10 @@ def power_down(
     if not paths:
         raise click.UsageError("name a disk, or run this as a quiesce hook")
     sockets = sorted({path for pattern in patterns for path in glob.glob(pattern)})
-    try:
-        found = power.find_vms(paths, sockets)
-    except NotFound:
-        if not allow_off:
-            raise
-        found = []
-    ended = [power.power_down(address, limit, kill=kill) for address in found]
+    found = power.find_vms(paths, sockets)
+    if found.missing and not allow_off:
+        raise power.not_found(found.missing[0], sockets)
+    ended = [power.power_down(address, limit, kill=kill) for address in found.sockets]
     if as_json:
         click.echo(json.dumps({"powered_down": [asdict(one) for one in ended]}))
         return

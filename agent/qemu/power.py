@@ -38,8 +38,16 @@ class PoweredDown:
     process_ended: bool
 
 
-def find_vms(paths: Sequence[str], sockets: Sequence[str]) -> list[str]:
-    """Return the QMP sockets of the QEMUs that have these disks. NotFound VM_NOT_FOUND.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The QMP sockets of the QEMUs that have some disks, and the disks that none of them has."""
+
+    sockets: list[str]
+    missing: list[str]
+
+
+def find_vms(paths: Sequence[str], sockets: Sequence[str]) -> Found:
+    """Return which QEMUs have these disks.
 
     A disk is a device's or image's path as QEMU opened it, or SOCKET/NODE. Sockets at which nobody
     listens count as VMs that are off. Unavailable QMP_UNREACHABLE for one that does not answer, if
@@ -62,14 +70,17 @@ def find_vms(paths: Sequence[str], sockets: Sequence[str]) -> list[str]:
     missing = [path for path in paths if path not in found]
     if missing and silent:
         raise silent[0]
-    if missing:
-        raise NotFound(
-            "VM_NOT_FOUND",
-            f"no QEMU at {', '.join(sockets) or 'no socket'} has {missing[0]} open; name its QMP "
-            "socket with --socket, or give --allow-off if the VM may be off already",
-            path=missing[0],
-        )
-    return sorted(set(found.values()))
+    return Found(sorted(set(found.values())), missing)
+
+
+def not_found(path: str, sockets: Sequence[str]) -> NotFound:
+    """Return the error of a disk that no QEMU has."""
+    return NotFound(
+        "VM_NOT_FOUND",
+        f"no QEMU at {', '.join(sockets) or 'no socket'} has {path} open; name its QMP "
+        "socket with --socket, or give --allow-off if the VM may be off already",
+        path=path,
+    )
 
 
 def power_down(address: str, limit_seconds: float, *, kill: bool) -> PoweredDown:

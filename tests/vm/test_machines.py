@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import NotFound
-from agent.qemu.power import find_vms, power_down
+from agent.qemu.power import Found, find_vms, power_down
 from tests import devices
 from tests.devices import LoopDevice
 from tests.e2e import disks
@@ -253,11 +252,10 @@ def test_the_hook_that_comes_along_powers_down(machines: Callable[..., Machine])
     guest = machine.boot(machine.source)
     address = str(guest.monitor)
     paths = [source for source, _ in machine.volumes]
-    assert find_vms(paths, [address]) == [address]
+    assert find_vms(paths, [address]) == Found([address], [])
     ended = power_down(address, SECONDS, kill=False)
     assert (ended.forced, ended.process_ended) == (False, True)
     assert guest.process.wait(SECONDS) == 0
     machine.promised |= guest.acknowledged()
     machine.check(machine.source)
-    with pytest.raises(NotFound):
-        find_vms(paths, [address])
+    assert find_vms(paths, [address]) == Found([], paths)

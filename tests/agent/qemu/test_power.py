@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from agent.cli import cli
-from agent.errors import FailedPrecondition, NotFound, Unavailable
+from agent.errors import FailedPrecondition, Unavailable
 from agent.qemu import power
-from agent.qemu.power import find_vms, power_down
+from agent.qemu.power import Found, find_vms, power_down
 from tests import devices
 from tests.qemus import Qemu
 
@@ -36,16 +36,16 @@ def run(*args: str) -> Result:
 def test_it_is_found_by_its_disk(deaf: Qemu, tmp_path: Path) -> None:
     alias = tmp_path / "alias"
     alias.symlink_to(deaf.image)
-    assert find_vms([str(alias)], [deaf.socket]) == [deaf.socket]
-    with pytest.raises(NotFound) as caught:
-        find_vms([str(deaf.image), "/dev/null"], [deaf.socket])
-    assert (caught.value.reason, caught.value.values["path"]) == ("VM_NOT_FOUND", "/dev/null")
+    assert find_vms([str(alias)], [deaf.socket]) == Found([deaf.socket], [])
+    found = find_vms([str(deaf.image), "/dev/null"], [deaf.socket])
+    assert found == Found([deaf.socket], ["/dev/null"])
 
 
 def test_a_disk_without_a_path_is_found_by_its_node(deaf: Qemu) -> None:
-    assert find_vms([f"{deaf.socket}/disk", str(deaf.image)], [deaf.socket]) == [deaf.socket]
-    with pytest.raises(NotFound):
-        find_vms([f"{deaf.socket}/other"], [deaf.socket])
+    here = find_vms([f"{deaf.socket}/disk", str(deaf.image)], [deaf.socket])
+    assert here == Found([deaf.socket], [])
+    other = f"{deaf.socket}/other"
+    assert find_vms([other], [deaf.socket]) == Found([], [other])
 
 
 def test_a_socket_that_is_no_qmp(
@@ -56,7 +56,7 @@ def test_a_socket_that_is_no_qmp(
     listening = resources.enter_context(socket.socket(socket.AF_UNIX))
     listening.bind(mute)
     listening.listen()
-    assert find_vms([str(deaf.image)], [mute, deaf.socket]) == [deaf.socket]
+    assert find_vms([str(deaf.image)], [mute, deaf.socket]) == Found([deaf.socket], [])
     with pytest.raises(Unavailable) as caught:
         find_vms(["/dev/null"], [mute, deaf.socket])
     assert caught.value.reason == "QMP_UNREACHABLE"
@@ -92,6 +92,21 @@ def test_a_guest_that_is_off_already(deaf: Qemu) -> None:
     assert run(*words).exit_code == 1
     done = run(*words, "--allow-off", "--json")
     assert (done.exit_code, json.loads(done.stdout)) == (0, {"powered_down": []})
+
+
+def test_what_is_on_is_powered_down_even_if_another_disk_is_missing(deaf: Qemu) -> None:
+    """As where a VM has one of two volumes open: it is not off."""
+    words = ["--socket", deaf.socket, str(deaf.image), "/dev/null", "--seconds", "1s"]
+    missing = run(*words)
+    assert (missing.exit_code, "has /dev/null open" in missing.stderr) == (1, True)
+    refused = run(*words, "--allow-off")
+    assert (refused.exit_code, "is still on" in refused.stderr) == (1, True)
+    assert deaf.process is not None
+    assert deaf.process.poll() is None
+    done = run(*words, "--allow-off", "--kill", "--json")
+    assert done.exit_code == 0, done.output
+    assert [one["socket"] for one in json.loads(done.stdout)["powered_down"]] == [deaf.socket]
+    assert deaf.process.wait(20) == 0
 
 
 def test_as_a_hook_it_takes_the_disks_of_the_migration(
