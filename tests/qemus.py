@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,6 +262,39 @@ def guest_file(qemu: Qemu) -> Iterator[Path]:
             subprocess.run(["fusermount3", "-u", "-z", str(path)], check=False, capture_output=True)
             process.terminate()
             process.wait(PATIENCE_SECONDS)
+
+
+@contextmanager
+def dead_storage(qemu: Qemu) -> Iterator[Callable[[], None]]:
+    """Put the image of a QEMU that has ended on storage that answers nothing until told to.
+
+    Nor does it say what the path leads to: who looks is held, the test too, but not for ever.
+    """
+    aside = qemu.image.with_name("aside")
+    qemu.image.rename(aside)
+    qemu.image.touch()
+    command = ["nbdfuse", str(qemu.image), "--command", "nbdkit", "-s", "file", str(aside)]
+    with subprocess.Popen(command) as process:
+
+        def revive() -> None:
+            process.send_signal(signal.SIGCONT)
+
+        limit = threading.Timer(PATIENCE_SECONDS, revive)
+        try:
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while qemu.image.stat().st_size == 0:
+                assert process.poll() is None, "it has ended"
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal.SIGSTOP)
+            limit.start()
+            yield revive
+        finally:
+            limit.cancel()
+            revive()
+            subprocess.run(["fusermount3", "-u", "-z", str(qemu.image)], check=True)
+            process.wait(PATIENCE_SECONDS)
+            aside.replace(qemu.image)
 
 
 def convert(qemu: Qemu, target: Path) -> None:

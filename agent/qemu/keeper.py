@@ -21,6 +21,9 @@ from agent.qemu.node import Node, get_node
 
 NODE = "image"
 _START_SECONDS = 10.0
+_TOOL_SECONDS = 30.0
+"""What qemu-img may take: with storage that never answers, it never ends."""
+_KILLED_SECONDS = 1.0
 
 
 class Keeper:
@@ -139,7 +142,7 @@ def remove_bitmaps(path: str, names: list[str]) -> list[str]:
 def list_bitmaps(path: str, prefix: str) -> list[str]:
     """Return the bitmaps in a qcow2 image with this prefix; none if it is open elsewhere.
 
-    IMAGE_UNUSABLE where qemu-img cannot be run.
+    IMAGE_UNUSABLE where qemu-img cannot be run, or does not end.
     """
     command = ["qemu-img", "info", "--output=json", "-f", "qcow2", path]
     done = _run(path, command)
@@ -152,11 +155,28 @@ def list_bitmaps(path: str, prefix: str) -> list[str]:
 
 def _run(path: str, command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(
-            command, check=False, capture_output=True, text=True, errors="replace"
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
         )
     except OSError as error:
         raise _unusable(path, command[0], error) from error
+    try:
+        said, _ = process.communicate(timeout=_TOOL_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):  # the kernel may hold it: not waited for then
+            process.communicate(timeout=_KILLED_SECONDS)
+        raise FailedPrecondition(
+            "IMAGE_UNUSABLE",
+            f"{path} has not answered {command[0]} for {_TOOL_SECONDS:g} s; see to its storage",
+            path=path,
+        ) from error
+    return subprocess.CompletedProcess(command, process.returncode, said)
 
 
 def _start(socket: str, path: str, driver: str) -> subprocess.Popen[str]:

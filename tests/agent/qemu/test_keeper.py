@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from agent.errors import FailedPrecondition
+from agent.qemu import keeper as keeper_module
 from agent.qemu.image import Image
 from agent.qemu.keeper import Keeper, list_bitmaps, remove_bitmaps
+from tests import devices, qemus
 from tests.qemus import Qemu
 
 LATE = """
@@ -71,3 +73,22 @@ def test_a_host_without_qemu_utils_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(FailedPrecondition, match=r"qemu-img: .*install it") as removing:
         remove_bitmaps("/vm.qcow2", ["warmsync-1"])
     assert listing.value.reason == removing.value.reason == "IMAGE_UNUSABLE"
+
+
+def test_a_tool_that_never_ends_is_told(
+    monkeypatch: pytest.MonkeyPatch, make_disk: Callable[..., Qemu]
+) -> None:
+    """On an image whose storage does not answer."""
+    devices.require("nbdkit")
+    qemu = make_disk()
+    monkeypatch.setattr(keeper_module, "_TOOL_SECONDS", 0.5)
+    with qemus.dead_storage(qemu):
+        calls: list[Callable[[], list[str]]] = [
+            lambda: list_bitmaps(str(qemu.image), "warmsync-"),
+            lambda: remove_bitmaps(str(qemu.image), ["warmsync-1"]),
+        ]
+        for call in calls:
+            with pytest.raises(FailedPrecondition, match=r"0\.5 s; see to its storage") as caught:
+                call()
+            assert caught.value.reason == "IMAGE_UNUSABLE"
+    assert list_bitmaps(str(qemu.image), "warmsync-") == []
