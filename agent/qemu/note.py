@@ -56,13 +56,15 @@ def write_note(path: Path, note: Note) -> None:
         new.write_text(json.dumps(told))
         new.replace(path)
     except OSError as error:
-        raise ResourceExhausted(
-            "STATE_NOT_KEPT",
-            f"the note of a disk in the state directory cannot be written ({error.strerror}); free "
-            "space there and see whether its disk is well",
-            side="source",
-            path=path,
-        ) from error
+        raise _not_kept(path, "written", error) from error
+
+
+def remove_note(path: Path) -> None:
+    """Remove it, if it is there. ResourceExhausted STATE_NOT_KEPT."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _not_kept(path, "removed", error) from error
 
 
 def read_note(path: Path) -> Note | None:
@@ -80,3 +82,13 @@ def read_note(path: Path) -> Note | None:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _not_kept(path: Path, done: str, error: OSError) -> ResourceExhausted:
+    return ResourceExhausted(
+        "STATE_NOT_KEPT",
+        f"the note of a disk in the state directory cannot be {done} ({error.strerror}); free "
+        "space there and see whether its disk is well",
+        side="source",
+        path=path,
+    )

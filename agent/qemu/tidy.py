@@ -1,7 +1,8 @@
 """Removes what migrations have left in the QEMUs of this host, and in images at rest.
 
 Owns that it is tried again where a QEMU does not answer, until it does or the agent ends: the next
-start looks at all of them. What is ours is known by its name.
+start looks at all of them. What is ours is known by its name. An image whose storage never answers
+holds nobody but a later volume of the same name, and that not for long.
 """
 
 from __future__ import annotations
@@ -9,40 +10,53 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from agent.errors import WarmsyncError
+from agent.errors import FailedPrecondition, WarmsyncError
 from agent.qemu.access import Access, Seat
 from agent.qemu.export import list_exports, remove_export, stop_server
 from agent.qemu.image import await_no_writer
 from agent.qemu.keeper import dismiss, list_bitmaps, remove_bitmaps
 from agent.qemu.monitor import Monitor, converse
 from agent.qemu.node import Node, list_nodes
-from agent.qemu.note import read_note
+from agent.qemu.note import read_note, remove_note
 
 _log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 2.0
 """Of each QEMU, at the agent's start and later: one that hangs must not keep the others waiting."""
 _AGAIN_SECONDS = 60.0
+_WAIT_SECONDS = 20.0
+"""How long a new volume of a name waits for the removal of what an earlier one of it has left."""
 
-_left: dict[Seat, tuple[Node, bool]] = {}
-"""What could not be removed yet, and whether its note stays even then."""
-_lock = threading.Lock()
-"""Of `_left`; held while one of it is removed, so that nobody takes the place up meanwhile."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rest:
+    """What could not be removed yet, and whether its note stays even then."""
+
+    node: Node
+    keep_note: bool
+
+
+_left: dict[Seat, _Rest] = {}
+_busy: dict[Seat, _Rest] = {}
+"""What is being removed, each by a thread of its own: the storage of an image may never answer."""
+_changed = threading.Condition()
+"""Of both; never held while anything is asked."""
 
 
 def tidy(
     access: Access, going_on: Collection[str], ended: list[Seat], fenced: Collection[str] = ()
 ) -> list[str]:
-    """Remove bitmaps, exports and keepers of volumes not `going_on`, and what `ended` have at rest.
+    """Remove bitmaps, exports and keepers of volumes not `going_on`; returns their names.
 
-    The notes of those that are `fenced` stay. Returns the names of what was removed.
+    What `ended` have left in images is removed in the background, and their notes then, but those
+    of the `fenced`.
     """
     hurried = replace(access, patience_seconds=_PATIENCE_SECONDS)
     wanted = [access.keeper_path(name) for name in going_on]
     for socket in access.find_keepers():
         if socket not in wanted:
-            dismiss(hurried, socket)
+            _dismiss(hurried, socket)
 
     def is_stale(name: str) -> bool:
         volume = access.volume_of(name)
@@ -51,20 +65,18 @@ def tidy(
     removed, silent = list[str](), set[str]()
     for socket in access.find_sockets():
         try:
-            removed += _sweep(socket, hurried, is_stale)
-        except WarmsyncError as error:
+            removed += _sweep(socket, hurried, is_stale)[0]
+        except (WarmsyncError, OSError) as error:
             silent.add(socket)
             _log.warning('QEMU not tidied up socket=%s reason="%s"', socket, error)
     for seat in ended:
         note = read_note(seat.note)
-        if note is not None and note.socket in silent:
+        if note is not None:
             try_again(seat, note.node(), keep_note=seat.name in fenced)
-        elif note is not None:
-            try:
-                _clear_image(seat, note.node())
-            except WarmsyncError as error:
-                _log.warning('left in an image path=%s reason="%s"', note.path, error)
-                try_again(seat, note.node(), keep_note=seat.name in fenced)
+            if note.socket not in silent:
+                _begin(seat)
+        elif seat.name not in fenced:
+            _forget(seat)
     return removed
 
 
@@ -74,13 +86,14 @@ def clear(seat: Seat, node: Node) -> None:
     QMP_UNREACHABLE, QMP_REFUSED, IMAGE_UNUSABLE.
     """
     try:
-        _sweep(node.socket, seat.access, seat.owns)
+        if node.path in _sweep(node.socket, seat.access, seat.owns)[1]:
+            return
     except WarmsyncError as error:
         if error.reason != "QEMU_GONE":
             raise
         if _keeps_bitmaps(node):
             await_no_writer(node.path)  # it may be on its way out
-        _clear_image(seat, node)
+    _clear_image(seat, node)
 
 
 def _clear_image(seat: Seat, node: Node) -> None:
@@ -97,10 +110,8 @@ def _keeps_bitmaps(node: Node) -> bool:
 
 def try_again(seat: Seat, node: Node, *, keep_note: bool = False) -> None:
     """Clear it later; the seat's note is removed then, if it is not to be kept for a fence."""
-    with _lock:
-        if not _left:
-            _wait()
-        _left[seat] = node, keep_note
+    with _changed:
+        _put(seat, _Rest(node, keep_note))
 
 
 def give_back(seat: Seat) -> None:
@@ -109,70 +120,117 @@ def give_back(seat: Seat) -> None:
     Blocking.
     """
     hurried = _hurried(seat)
-    dismiss(hurried.access, hurried.access.keeper_path(seat.name))
+    _dismiss(hurried.access, hurried.access.keeper_path(seat.name))
     known = read_note(seat.note)
     if known is not None:
-        try_again(seat, known.node())
-        with _lock:
-            if seat in _left:
-                _clear_left(seat)
+        with _changed:
+            _put(seat, _Rest(known.node(), keep_note=False))
+            _begin(seat)
+            _changed.wait_for(lambda: seat not in _busy, _WAIT_SECONDS)
 
 
 def settle(seat: Seat) -> None:
-    """Clear now what is left of an earlier volume of this name, as far as its QEMU allows."""
-    with _lock:
-        if seat in _left:
-            _clear_left(seat)
-            _left.pop(seat, None)
-            seat.note.unlink(missing_ok=True)
+    """Clear now what is left of an earlier volume of this name, as far as its QEMU allows.
+
+    FailedPrecondition IMAGE_UNUSABLE while its image does not answer, STATE_NOT_KEPT.
+    """
+    with _changed:
+        _begin(seat)
+        rest = _busy.get(seat)
+        if rest is None:
+            return
+        if not _changed.wait_for(lambda: seat not in _busy, _WAIT_SECONDS):
+            raise FailedPrecondition(
+                "IMAGE_UNUSABLE",
+                f"{rest.node.path} has not answered for {_WAIT_SECONDS:g} s to the removal of what "
+                "an earlier migration of this id has left there; see to its storage, or choose "
+                "another id",
+                path=rest.node.path,
+            )
+        _left.pop(seat, None)
+        remove_note(seat.note)
 
 
-def _wait() -> None:
-    timer = threading.Timer(_AGAIN_SECONDS, _clear_all)
+def _put(seat: Seat, rest: _Rest) -> None:
+    _left[seat] = rest
+    timer = threading.Timer(_AGAIN_SECONDS, _begin, (seat, rest))
     timer.name, timer.daemon = "qemu tidy", True
     timer.start()
 
 
-def _clear_all() -> None:
+def _begin(seat: Seat, only: _Rest | None = None) -> None:
+    """Remove it now, on a thread; a timer, whose turn it is, `only` what it was set for."""
+    with _changed:
+        rest = _left.get(seat)
+        if rest is None or only not in (None, rest):
+            return
+        del _left[seat]
+        if seat in _busy:
+            _put(seat, rest)
+            return
+        _busy[seat] = rest
+    name = "qemu tidy"
+    threading.Thread(target=_work, args=(seat, rest), name=name, daemon=True).start()
+
+
+def _work(seat: Seat, rest: _Rest) -> None:
+    done = False
     try:
-        for seat in list(_left):
-            with _lock:
-                if seat in _left:
-                    _clear_left(seat)
+        done = _clear_rest(seat, rest)
     finally:
-        with _lock:
-            if _left:
-                _wait()
+        with _changed:
+            del _busy[seat]
+            if not done and seat not in _left:
+                _put(seat, rest)
+            _changed.notify_all()
 
 
-def _clear_left(seat: Seat) -> None:
-    node, keep_note = _left[seat]
+def _clear_rest(seat: Seat, rest: _Rest) -> bool:
     try:
-        clear(_hurried(seat), node)
-        if not keep_note:
-            seat.note.unlink(missing_ok=True)
+        clear(_hurried(seat), rest.node)
+        if not rest.keep_note:
+            remove_note(seat.note)
     except (WarmsyncError, OSError) as error:
         _log.warning('still left in a QEMU name=%s reason="%s"', seat.name, error)
-        return
-    del _left[seat]
+        return False
     _log.info("removed what was left in a QEMU name=%s", seat.name)
+    return True
+
+
+def _forget(seat: Seat) -> None:
+    try:
+        remove_note(seat.note)
+    except WarmsyncError as error:
+        _log.warning('note left name=%s reason="%s"', seat.name, error)
+
+
+def _dismiss(access: Access, socket: str) -> None:
+    try:
+        dismiss(access, socket)
+    except OSError as error:
+        _log.warning('socket of a daemon of ours left path=%s reason="%s"', socket, error)
 
 
 def _hurried(seat: Seat) -> Seat:
     return replace(seat, access=replace(seat.access, patience_seconds=_PATIENCE_SECONDS))
 
 
-def _sweep(socket: str, access: Access, is_stale: Callable[[str], bool]) -> list[str]:
-    async def work(monitor: Monitor) -> list[str]:
-        removed = []
+def _sweep(
+    socket: str, access: Access, is_stale: Callable[[str], bool]
+) -> tuple[list[str], set[str]]:
+    """Return the names of what was removed, and the images that the QEMU has."""
+
+    async def work(monitor: Monitor) -> tuple[list[str], set[str]]:
+        removed, paths = list[str](), set[str]()
         for export in filter(is_stale, await list_exports(monitor)):
             await remove_export(monitor, export)
             removed.append(export)
         for node in await list_nodes(monitor):
+            paths.add(node.path)
             for name in [one.name for one in node.bitmaps if is_stale(one.name)]:
                 await monitor.execute("block-dirty-bitmap-remove", node=node.name, name=name)
                 removed.append(name)
         await stop_server(monitor, access)
-        return removed
+        return removed, paths
 
     return converse(socket, work, access.patience_seconds)

@@ -39,8 +39,11 @@ def remove_leftovers(
         (places.resizes, received),
     ):
         for path in directory.glob("*"):
-            if path.stem not in wanted and not (path.suffix == _NOTE and path.stem in fenced):
-                path.unlink()
+            if path.stem not in wanted and path.suffix != _NOTE:
+                try:
+                    path.unlink()
+                except OSError as error:
+                    _log.warning('left behind path=%s reason="%s"', path, error)
 
 
 def _tidy_qemus(

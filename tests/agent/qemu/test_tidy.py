@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.disk import SourceDisk, open_source
+from agent.errors import FailedPrecondition, ResourceExhausted
 from agent.migration import Scheme, Volume
 from agent.qemu import device, tidy
 from agent.qemu.access import Seat
@@ -20,7 +22,7 @@ from agent.qemu.keeper import Keeper, list_bitmaps
 from agent.qemu.monitor import Monitor, converse
 from agent.qemu.note import read_note
 from agent.store import Store
-from tests import qemus
+from tests import devices, qemus
 from tests.qemus import Qemu
 
 Work = Callable[[Monitor], Awaitable[object]]
@@ -177,6 +179,144 @@ def test_a_volume_of_the_same_name_is_not_tidied_up(machine: Qemu, seat: Seat) -
     assert again.look() == 0
     again.close()
     assert machine.bitmaps() == []
+
+
+def leave(machine: Qemu, seat: Seat) -> None:
+    """End a migration while its QEMU does not answer, and kill that with the bitmaps saved."""
+    disk = begin(machine, seat)
+    with somebody_at(machine.socket):
+        disk.close()
+        assert machine.process is not None
+        machine.process.terminate()
+        machine.process.wait()
+
+
+def test_an_image_that_never_answers_is_in_nobodys_way(
+    machine: Qemu, seat: Seat, make_disk: Callable[..., Qemu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidy, "_WAIT_SECONDS", 1.0)
+    devices.require("nbdkit")
+    other = make_disk("other")
+    other.start_machine("-S")
+    others = replace(other.seat("other-0"), access=replace(other.access, patience_seconds=0.5))
+    leave(machine, seat)
+    with qemus.dead_storage(machine) as revive:
+        eventually(lambda: seat in tidy._busy)
+        disk = begin(other, others)
+        with somebody_at(other.socket):
+            disk.close()
+        again = begin(other, replace(others, name="next-0"))  # waits for nothing
+        eventually(lambda: not others.note.exists())
+        assert other.bitmaps() == [f"{other.access.prefix}next-0-b1"]
+        again.close()
+        with pytest.raises(FailedPrecondition, match="see to its storage") as caught:
+            tidy.settle(seat)
+        assert caught.value.reason == "IMAGE_UNUSABLE"
+        assert seat.note.exists()
+        revive()
+        eventually(lambda: not seat.note.exists())
+    assert list_bitmaps(str(machine.image), "") == []
+
+
+def test_an_agent_starts_whatever_its_images_are_on(machine: Qemu, seat: Seat) -> None:
+    devices.require("nbdkit")
+    begin(machine, seat).detach()
+    machine.quit()
+    assert list_bitmaps(str(machine.image), "") != []
+    with qemus.dead_storage(machine) as revive:
+        assert tidy.tidy(seat.access, [], [seat]) == []
+        eventually(lambda: seat in tidy._busy)
+        assert seat.note.exists()
+        revive()
+        eventually(lambda: not seat.note.exists())
+    assert list_bitmaps(str(machine.image), "") == []
+
+
+def test_an_image_whose_vms_socket_is_anothers_is_tidied_up(
+    machine: Qemu, seat: Seat, make_disk: Callable[..., Qemu]
+) -> None:
+    begin(machine, seat).detach()
+    machine.quit()
+    other = make_disk("other")
+    other.directory = machine.directory
+    other.start_machine("-S")
+    tidy.tidy(seat.access, [], [seat])
+    eventually(lambda: not seat.note.exists())
+    assert list_bitmaps(str(machine.image), "") == []
+
+
+@pytest.mark.parametrize("fenced", [False, True])
+def test_a_note_that_cannot_be_read_is_removed(machine: Qemu, seat: Seat, fenced: bool) -> None:
+    """But not what a fence may need."""
+    seat.note.write_text("{")
+    tidy.tidy(seat.access, [], [seat], [seat.name] if fenced else [])
+    assert seat.note.exists() is fenced
+
+
+def test_a_note_that_cannot_be_removed_is_told(
+    machine: Qemu, seat: Seat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be taken for the new volume's."""
+    disk = begin(machine, seat)
+    with somebody_at(machine.socket):
+        disk.close()
+
+    def fail(path: Path, *, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        with pytest.raises(ResourceExhausted, match="cannot be removed") as caught:
+            tidy.settle(seat)
+        assert caught.value.reason == "STATE_NOT_KEPT"
+        seat.note.write_text("{")
+        tidy.tidy(seat.access, [], [seat])  # an agent starts all the same
+        assert seat.note.exists()
+    tidy.tidy(seat.access, [], [seat])
+    assert not seat.note.exists()
+
+
+def test_a_servers_socket_that_cannot_be_removed_stops_no_start(
+    machine: Qemu,
+    seat: Seat,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    begin(machine, seat).detach()
+    add = {"type": "nbd", "id": seat.export, "node_name": "disk", "name": seat.export}
+    path = seat.access.nbd_path(machine.socket)
+    machine.ask("nbd-server-start", addr={"type": "unix", "data": {"path": path}})
+    machine.ask("block-export-add", **add)
+
+    def fail(path: str) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", fail)
+        tidy.tidy(seat.access, [], [seat])
+        eventually(lambda: "still left in a QEMU" in caplog.text)
+        assert seat.note.exists()
+    eventually(lambda: not seat.note.exists())
+    assert (machine.bitmaps(), machine.exports()) == ([], [])
+
+
+def test_a_daemons_socket_that_cannot_be_removed_stops_no_start(
+    machine: Qemu, seat: Seat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seat.access.run_dir.mkdir(exist_ok=True)
+    left = Path(seat.access.keeper_path("gone-0"))
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(left))
+
+    def fail(path: Path, *, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        tidy.tidy(seat.access, [], [])
+        assert left.exists()
+    tidy.tidy(seat.access, [], [])
+    assert not left.exists()
 
 
 def test_a_daemon_that_nobody_needs_ends_with_the_next_start(machine: Qemu, seat: Seat) -> None:

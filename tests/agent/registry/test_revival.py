@@ -168,10 +168,8 @@ def test_a_fence_is_found_at_the_start_after_the_next(
 
     async def steps(host: Host) -> None:
         host.registry.start()
-        if stays:
-            await asyncio.sleep(0.1)
-        else:
-            await until(lambda: not note.exists())
+        await asyncio.sleep(0.1)
+        await until(lambda: note.exists() is stays)
 
     trial(tmp_path, steps)
     assert note.exists() is stays
