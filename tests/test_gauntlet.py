@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -24,14 +24,21 @@ from tests.devices import require, scratch_directory
 from tests.e2e import disks
 from tests.gauntlet.breaches.__main__ import notice
 from tests.gauntlet.breaches.rules import BREACHES
-from tests.gauntlet.field import BreachError, Field
+from tests.gauntlet.field import BreachError, Field, expected
 from tests.gauntlet.fragile import FragileDisk, fragile_disk
 from tests.gauntlet.host import Host
 from tests.gauntlet.judge import judge_logs
 from tests.gauntlet.machine import machine
 from tests.gauntlet.play import play
 from tests.gauntlet.proxy import Proxy
-from tests.gauntlet.schedule import CUTOVER_FAULTS, ENDING_FAULTS, FAULTS, QEMU_FAULTS, schedule
+from tests.gauntlet.schedule import (
+    CUTOVER_FAULTS,
+    ENDING_FAULTS,
+    FAULTS,
+    QEMU_FAULTS,
+    Schedule,
+    schedule,
+)
 from tests.gauntlet.tally import BROKEN, Record, append, read, table
 from tests.gauntlet.volumes import content_of, enlarge, fill_up, make_volume, small_directory
 from tests.native.tracking import bpffs
@@ -56,14 +63,18 @@ def test_a_schedule_is_survived(seed: int) -> None:
 def test_what_only_the_proof_notices_is_a_breach(tmp_path: Path) -> None:
     for name in ("source", "target"):
         (tmp_path / name).write_text("level=info migration begins\n")
-    ground = cast(
-        Field,
-        SimpleNamespace(
-            plan=SimpleNamespace(kinds={"delay"}, tls=False),
-            source=SimpleNamespace(name="source", log=tmp_path / "source"),
-            target=SimpleNamespace(name="target", log=tmp_path / "target"),
-        ),
-    )
+    agents = {
+        name: SimpleNamespace(name=name, log=tmp_path / name, expects=())
+        for name in ("source", "target")
+    }
+    ground = cast(Field, SimpleNamespace(**agents))
+
+    def spoil(kind: str) -> None:
+        plan = cast(Schedule, SimpleNamespace(kinds={kind}, tls=False))
+        for agent in agents.values():
+            agent.expects = expected(plan)
+
+    spoil("delay")
     judge_logs(ground)
     (tmp_path / "source").write_text('level=error copies differ id=g1 message="1 chunk"\n')
     with pytest.raises(BreachError, match="only the proof has noticed"):
@@ -74,7 +85,7 @@ def test_what_only_the_proof_notices_is_a_breach(tmp_path: Path) -> None:
     (tmp_path / "source").write_text('level=error oh trace="Traceback: DecodeError"\n')
     with pytest.raises(BreachError, match="nobody expects"):
         judge_logs(ground)
-    cast(Any, ground.plan).kinds = {"garble"}  # of a message that was spoilt
+    spoil("garble")  # of a message that was spoilt
     judge_logs(ground)
 
 

@@ -42,6 +42,17 @@ cli()
 GONE = "GONE"
 """The state of a migration that its agent has forgotten."""
 
+DIFFER = "copies differ id="
+"""What an agent logs of a proof that did not hold."""
+_DAMAGE = {"garble much": ("DecodeError", DIFFER), "garble": ("DecodeError",)}
+"""What agents may say of what was spoilt on the way, where no TLS notices it: gRPC of a message
+that is none, and of a proof that differs (it is asked for twice, not twelve times)."""
+
+
+def expected(plan: Schedule) -> tuple[str, ...]:
+    """Return what agents may log in a schedule, see `Agent.expects`."""
+    return () if plan.tls else next((_DAMAGE[one] for one in _DAMAGE if one in plan.kinds), ())
+
 
 class BreachError(AssertionError):
     """The product has not kept its word."""
@@ -83,7 +94,9 @@ class Field:
             client=self._flags["client"] if self.plan.tls else (),
             settings={"transfer": {"checkpoint_bytes": MIB}, "qemu": self._qemu(name)},
         )
-        return self._agents.enter_context(running)
+        agent = self._agents.enter_context(running)
+        agent.expects = expected(self.plan)
+        return agent
 
     def _qemu(self, name: str) -> dict[str, object]:
         """Return what an agent is allowed: only the source's host has machines."""
