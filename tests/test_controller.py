@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc.aio
 import pytest
 from warmsync.v1 import migration_pb2 as pb
 from warmsync.v1 import migration_service_pb2 as service
 
-from agent.errors import AlreadyExists, FailedPrecondition, NotFound
+from agent.errors import AlreadyExists, FailedPrecondition, NotFound, Unavailable
 from agent.rpc.errors import to_status
 from examples.controller import controller as controller_module
 from examples.controller.controller import Controller
@@ -150,6 +150,31 @@ def test_an_id_that_only_the_target_knows(
         name = pb.State.Name(state).removeprefix("STATE_")
         said = f"LEFT BEHIND: only {target.address} knows of evacuate-web1, which is {name} there"
         assert said in capsys.readouterr().out
+
+
+class Slow(Remembering):
+    """A target that does not answer at first; then the migration is still being created."""
+
+    def __init__(self) -> None:
+        super().__init__(pb.STATE_PENDING, pb.OWNER_SOURCE)
+        self.asked = 0
+
+    async def GetMigration(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.asked += 1
+        if self.asked == 1:
+            raise Unavailable("AGENT_STOPPED", "the agent stops")
+        return await super().GetMigration(request, context)
+
+
+def test_what_the_target_has_but_begun_is_still_being_created(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(controller_module, "UNSEEN_SECONDS", 0.0)
+    fake = Taken(unseen=3)
+    with pretending(fake=Slow()) as target:
+        assert evacuate(fake, peer=target.address) == 0
+        assert cast(Slow, target).asked == 4
+    assert fake.ids == ["evacuate-web1"] * 4
 
 
 def test_an_id_that_nobody_knows_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,16 +92,31 @@ class Controller:
                 if error.code() != grpc.StatusCode.NOT_FOUND:
                     raise
             if time.monotonic() > unseen_until:
-                return await self._ask_target(vm, name)
+                last = await self._ask_target(vm, name)
+                if last.state != pb.STATE_PENDING:  # nothing sent: it is still being created
+                    return last
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _ask_target(self, vm: Machine, name: str) -> pb.Migration:
-        """Return how it ended, of which only the target still knows: the VM may run there."""
+        """Return what is left of it, of which only the target knows: the VM may run there.
+
+        PENDING is neither: nothing was sent, and its end gives up if nobody goes on there.
+        """
+        request = service.GetMigrationRequest(name=f"migrations/{name}")
         async with open_channel(self._plan, vm.peer) as channel:
-            request = service.GetMigrationRequest(name=f"migrations/{name}")
-            last: pb.Migration = await MigrationServiceStub(channel).GetMigration(
-                request, timeout=CREATE_SECONDS
-            )
+            while True:
+                try:
+                    last: pb.Migration = await MigrationServiceStub(channel).GetMigration(
+                        request, timeout=CREATE_SECONDS
+                    )
+                    break
+                except grpc.aio.AioRpcError as error:
+                    if error.code() not in _PASSING:
+                        raise
+                say(vm, f"again: {vm.peer} does not answer")
+                await asyncio.sleep(RETRY_SECONDS)
+        if last.state == pb.STATE_PENDING:
+            return last
         if last.state not in _OVER or last.owner != pb.OWNER_SOURCE:
             raise NeedsAPerson(
                 f"only {vm.peer} knows of {name}, which is {name_of(last)} there; if the VM runs "
