@@ -80,11 +80,14 @@ async def _spoil(proxy: Proxy, token: str, address: str) -> str:
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, damage: bytes) -> None:
     seen = b""
     while data := await reader.read(1 << 16):
-        writer.write(data)
         seen += data
-        if damage and ACKNOWLEDGED in seen:
-            writer.write(damage)
-            damage = b""
+        at = seen.find(ACKNOWLEDGED) if damage else -1
+        if at >= 0:
+            # There and nowhere else: the answer may have come in the same piece.
+            after = len(seen) - at - len(ACKNOWLEDGED)
+            cut = len(data) - after
+            data, damage = data[:cut] + damage + data[cut:], b""
+        writer.write(data)
     writer.close()
 
 
