@@ -9,7 +9,6 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import suppress
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
@@ -46,8 +45,9 @@ async def _drain(ahead: deque[Future[_Result]]) -> None:
             await asyncio.wait(waiting)
         except asyncio.CancelledError as error:  # once more: the threads run on all the same
             cancelled = error
-    for call in running:
-        with suppress(OSError):
-            call.result()
+    errors = [call.exception() for call in running]  # of each: else asyncio logs the others
     if cancelled is not None:
         raise cancelled
+    for error in errors:
+        if error is not None and not isinstance(error, OSError):
+            raise error

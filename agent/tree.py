@@ -120,6 +120,10 @@ class DigestTree:
 
     def count_unread(self, marks: DirtyBitmap | None = None) -> int:
         """Return the bytes of all chunks that are stale, or being read, or touched by `marks`."""
+        if marks is None and not self._reading.count():  # nearly always, and ten times as fast
+            size_bytes = self.stale.count_bytes()
+            if not self._reading.count():
+                return size_bytes
         unread = DirtyBitmap(self.size_bytes, CHUNK_BYTES)
         for marks_of in (self.stale, self._reading, self.stale):  # what a read gives up goes back
             unread.merge(marks_of)

@@ -229,7 +229,8 @@ cdef class BlockDevice:
     def flush(self):
         """Make durable all that was written, here or through the page cache.
 
-        After one that failed every other fails too, until the device is opened anew.
+        After one that failed every other fails too, until the device is opened anew; of one that
+        was opened to be read, the next is another try.
         """
         cdef ws_attempt why
         cdef int rc

@@ -147,10 +147,11 @@ int ws_dev_flush(struct ws_device *dev, struct ws_attempt *why) {
         return 0;
     /* One at a time: the next must not succeed before this one's failure is noted. */
     pthread_mutex_lock(&dev->flushing);
-    while (dev->flush_error == 0 && fsync(dev->fd) != 0)
-        if (errno != EINTR)
-            dev->flush_error = -errno;
     int rc = dev->flush_error;
+    while (rc == 0 && fsync(dev->fd) != 0)
+        rc = errno == EINTR ? 0 : -errno;
+    if (dev->is_writable)
+        dev->flush_error = rc;
     pthread_mutex_unlock(&dev->flushing);
     return rc;
 }

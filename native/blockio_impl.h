@@ -40,6 +40,7 @@ struct ws_device {
     int tail_fd; /* the same file, buffered, for its last, short page; -1 where fd serves for all */
     bool is_block;
     bool is_direct;
+    bool is_writable;
     uint32_t logical;         /* logical block size: unit of offsets and lengths */
     uint32_t physical;        /* what the device can write without reading first */
     uint32_t memory_align;    /* what direct I/O asks of addresses */
@@ -125,8 +126,8 @@ int ws_dev_write_end(struct ws_device *dev, const void *data, uint64_t offset, u
                      struct ws_attempt *why);
 
 /* Make durable what was written, here or through the page cache of this device. The kernel tells a
- * failure once, to whoever asks first, and forgets it: here every later flush fails too, until the
- * device is opened anew. */
+ * failure once, to whoever asks first, and forgets it: of a device that we write to every later
+ * flush fails too, until it is opened anew. */
 int ws_dev_flush(struct ws_device *dev, struct ws_attempt *why);
 
 /* 1 or 0: BLKROGET; for a file, that nobody has write permission. Or -errno. */

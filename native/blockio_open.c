@@ -141,6 +141,7 @@ int ws_dev_open(struct ws_device *dev, const char *path, bool writable, bool exc
     memset(dev, 0, sizeof(*dev));
     pthread_mutex_init(&dev->flushing, NULL);
     dev->fd = dev->tail_fd = -1;
+    dev->is_writable = writable;
     int rc = open_any(dev, path, writable, exclusive, step);
     if (rc != 0)
         ws_dev_close(dev);

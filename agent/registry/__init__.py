@@ -131,7 +131,7 @@ class Registry:
     def all(self) -> list[End]:
         """Return all ends, sorted by id."""
         ends: list[End] = [*self._sources.values(), *self._targets.values()]
-        return sorted(ends, key=lambda end: (end.id, end.snapshot().role))
+        return sorted(ends, key=lambda end: (end.id, isinstance(end, TargetSession)))
 
     def get(self, name: str) -> End:
         """Return a migration by its id; the source's end where this agent is both. NotFound."""

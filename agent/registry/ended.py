@@ -48,6 +48,8 @@ class Ended:
         """Held by the one person who settles it."""
         self._task: asyncio.Task[None] | None = None
         self._fencing: asyncio.Future[None] | None = None
+        self.telling: asyncio.Task[None] | None = None
+        """Tells its target of the end."""
 
     @property
     def id(self) -> str:
@@ -113,8 +115,9 @@ class Ended:
 
     @property
     def is_held(self) -> bool:
-        """Whether its fence or its record is still in somebody's hands."""
-        return self.settling.locked() or not (self._fencing is None or self._fencing.done())
+        """Whether its fence, its target or its record is still in somebody's hands."""
+        under_way = (self._fencing, self.telling)
+        return self.settling.locked() or any(one and not one.done() for one in under_way)
 
     async def close(self, error: WarmsyncError) -> None:  # noqa: ARG002 - as in SourceMigration
         """The agent stops; the fence stays as it is."""

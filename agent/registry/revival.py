@@ -208,7 +208,8 @@ class Revival:
 
     def _tell(self, ended: Ended) -> None:
         telling = tell_end(ended, self._journal, self._connect)
-        self._telling[ended.id] = asyncio.create_task(telling, name=f"tell {ended.id}")
+        ended.telling = asyncio.create_task(telling, name=f"tell {ended.id}")
+        self._telling[ended.id] = ended.telling
 
     def start(self) -> None:
         """Let go on what was found again; tell of what has ended."""
@@ -234,10 +235,8 @@ class Revival:
                     await one.was_tried.wait()
 
     def forget(self, name: str) -> None:
-        """Tell no target any more of an end."""
-        telling = self._telling.pop(name, None)
-        if telling is not None:
-            telling.cancel()
+        """It is not remembered any more; see `Ended.is_held`."""
+        self._telling.pop(name, None)
 
     def close(self) -> None:
         """Tell nobody any more; a try under way ends by itself."""

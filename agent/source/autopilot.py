@@ -24,7 +24,10 @@ _log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
 TRIES = 3
-"""How often copies that differ are compared, sent and compared again while the VM is off."""
+"""How often one of these is tried again while the VM is off."""
+_SELDOM = frozenset({"BAD_CUTOVER_CERTIFICATE", "COPIES_DIFFER", "SIGNATURE_INVALID"})
+"""What is mended by another attempt, unless it is a defect: copies that differ are compared, sent
+and compared again; a request that came damaged comes anew."""
 _READY = (State.SYNCING, State.CONVERGED)
 FLYING = (Step.QUIESCING, Step.CUTTING_OVER, Step.BOOTING)
 """Steps in which the agents have their hands on the VM."""
@@ -231,7 +234,7 @@ class Autopilot:
             try:
                 await self._vessel.hand_over(off_seconds)
             except WarmsyncError as error:
-                tries -= error.reason == "COPIES_DIFFER"
+                tries -= error.reason in _SELDOM
                 if error.reason in ("NOT_QUIESCED", "SOURCE_DOES_NOT_FIT") or not tries:
                     raise
                 _log.warning(

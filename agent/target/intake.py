@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from agent.counters import busy
 from agent.device import io_error
 from agent.errors import DataLoss, Unavailable, WarmsyncError
+from agent.journal import NOT_KEPT
 from agent.migration import Owner
 from agent.state import Event, State
 from agent.target.holding import Holding
@@ -76,7 +77,11 @@ class Intake:
             self._inlet.stop()  # the source has given up on data connections
             self._inlet = None
         if self._ledger.state is State.PENDING:
-            self._ledger.move(Event.SEED)  # first: what is not written down has not begun
+            try:
+                self._ledger.move(Event.SEED)  # first: what is not written down has not begun
+            except NOT_KEPT:
+                self.wait_for_source()  # which pauses for a person who mends it
+                raise
         self._stop_waiting()
         self.stream += 1
         self.streaming = True

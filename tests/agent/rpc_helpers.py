@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,14 +13,22 @@ import uvloop
 
 
 def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """Run one test's coroutine on a loop of its own, as the agent does, with a deadline."""
+    """Run one test's coroutine on a loop of its own, as the agent does, with a deadline.
+
+    What the loop would only log, such as an error that nobody has looked at, fails the test.
+    """
+    unseen: list[dict[str, Any]] = []
 
     async def bounded() -> Any:
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: unseen.append(what))
         async with asyncio.timeout(120):
             return await main()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(bounded())
+        result = runner.run(bounded())
+        gc.collect()  # what is not looked at is told when it goes
+        assert not unseen, unseen
+        return result
 
 
 class Echo(grpc.GenericRpcHandler):

@@ -22,6 +22,7 @@ from agent.peer import session_token
 from agent.source import proof as proof_module
 from agent.state import State
 from agent.target import intake as intake_module
+from agent.target.intake import ORPHAN_SECONDS
 from tests.agent.carriers.conftest import MakeRig
 from tests.agent.carriers.rig import SECRET, SIZE, Rig, frame_of, rig, until
 from tests.agent.rpc_helpers import run
@@ -154,7 +155,9 @@ def test_a_stream_that_cannot_be_written_down_is_cut_over_a_hung_disk(
                 session = rig.session
                 assert (session.state, session._intake.streaming) == (State.PENDING, False)
                 assert session._intake._deadline is not None
-                assert not session._intake._deadline.cancelled()  # it waits for its source
+                waiting = session._intake._deadline.when() - asyncio.get_running_loop().time()
+                assert not session._intake._deadline.cancelled()  # it waits for its source,
+                assert waiting > ORPHAN_SECONDS / 2  # which pauses for a person
                 database.execute("PRAGMA query_only = 0")
             await rig.peer.resume(SECRET, 2)
             rig.token = session_token(SECRET, 2)

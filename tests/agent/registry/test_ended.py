@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from agent import registry as registry_module
-from agent.errors import Unavailable, WarmsyncError, agent_stopped
+from agent.errors import FailedPrecondition, Unavailable, WarmsyncError, agent_stopped
 from agent.journal import Journal
 from agent.migration import Owner
 from agent.record import SourceRecord
 from agent.registry import ended as ended_module
+from agent.registry.ended import Ended
 from agent.registry.fence import Fence
 from agent.registry.preparation import Preparation
 from agent.state import State
@@ -81,10 +82,10 @@ def test_what_tells_of_a_fence_is_not_forgotten(
     trial(tmp_path, again)
 
 
-def test_what_is_forgotten_is_not_written_down_again(
+def test_what_its_target_is_told_of_is_not_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its target's answer, which comes late."""
+    """Nobody would tell it again; and a late answer would write down what was forgotten."""
     monkeypatch.setattr(registry_module, "MAX_ENDED", 0)
     write_down(tmp_path, record(tmp_path, (*SYNCING, State.CANCELLED), owed=True))
 
@@ -93,9 +94,14 @@ def test_what_is_forgotten_is_not_written_down_again(
         host.registry.start()
         await until(lambda: bool(host.peers) and bool(host.peers[0].calls))
         await receive(host, "x1")
-        assert known(host) == ["x1"]
+        assert known(host) == ["web1", "x1"]
+        with pytest.raises(FailedPrecondition, match="delete it again in a moment"):
+            host.registry.forget("web1")
         gate.set()
-        await until(lambda: host.peers[0].calls[-1] == "close")
+        end = cast(Ended, host.registry.get("web1"))
+        await until(lambda: not end.is_held)
+        host.registry.forget("web1")
+        assert known(host) == ["x1"]
 
     trial(tmp_path, steps)
     journal = Journal(tmp_path / "state")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -297,6 +297,8 @@ def test_the_end_of_an_earlier_hook_is_not_taken_for_this_ones(tmp_path: Path) -
         ship.converge()
         await turn()
         assert ship.pilot.step is Step.QUIESCING
+        with pytest.raises(Killed):
+            await cast(asyncio.Task[None], ship.pilot._task)
         back = Rebooted(State.CONVERGED)
         pilot = Autopilot(back, lambda: AUTO, hook, dict, step=Step.QUIESCING)
         pilot.start()
