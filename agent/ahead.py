@@ -48,6 +48,6 @@ async def _drain(ahead: deque[Future[_Result]]) -> None:
     errors = [call.exception() for call in running]  # of each: else asyncio logs the others
     if cancelled is not None:
         raise cancelled
-    for error in errors:
-        if error is not None and not isinstance(error, OSError):
-            raise error
+    for failure in errors:
+        if failure is not None and not isinstance(failure, OSError):
+            raise failure

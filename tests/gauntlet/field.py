@@ -214,7 +214,7 @@ class Field:
 
     def is_undecided(self, shown: Shown) -> bool:
         """Whether a person has to decide who owns: the target has lost its state in the release."""
-        reason = (shown["error"] or {}).get("reason")
+        reason = (shown["error"] or shown["last_refusal"] or {}).get("reason")
         return (
             "target forgets" in self.plan.kinds
             and (shown["state"], reason) == ("CUTTING_OVER", "OWNER_UNKNOWN")
