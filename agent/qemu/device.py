@@ -117,7 +117,12 @@ class QemuDevice(NbdDevice):
         return self.image is not None and self.image.is_read_only()
 
     def set_read_only(self, read_only: bool) -> None:
-        """Raise or lift the fence. A disk without a file has none but its QEMU's being paused."""
+        """Raise or lift the fence. A disk without a file has none but its QEMU's being paused.
+
+        ValueError once it is closed.
+        """
+        if self._closed:
+            raise ValueError(f"{self.path} is closed")
         if self.image is not None:
             self.image.set_read_only(read_only)
 

@@ -111,6 +111,8 @@ class SourceMigration:
         self._stalls = StallWatch(sender)
         self._task: asyncio.Task[None] | None = None
         self._is_stopped = False
+        self._stopping: WarmsyncError | None = None
+        """Why nothing may be begun any more that needs the disks: the agent stops."""
         self._cancelling: asyncio.Task[None] | None = None
         if record is not None:
             self._restore(record)
@@ -286,7 +288,12 @@ class SourceMigration:
             raise self._stalled()
         cancelling.result()
 
+    def _check_staying(self) -> None:
+        if self._stopping is not None:
+            raise self._stopping
+
     def _begin_cancel(self) -> asyncio.Task[None]:
+        self._check_staying()
         if self._books.is_releasing and self.state is State.CUTTING_OVER:
             mend = (
                 "roll it back afterwards"
@@ -331,6 +338,7 @@ class SourceMigration:
         await self._begin_cutover(asked, force=force)
 
     async def _begin_cutover(self, asked: float, *, force: bool) -> None:
+        self._check_staying()
         cutover = self._handover.begin(asked, force=force)
         self._comparisons.give_way(
             Cancelled("VERIFY_INTERRUPTED", "the comparison gave way to a cutover; run it again")
@@ -354,15 +362,17 @@ class SourceMigration:
 
     async def roll_back(self) -> None:
         """Take the target back, then lift the fence: the source is the owner again."""
+        self._check_staying()
         await self._ending.roll_back()
 
     async def finish(self) -> None:
         """The VM runs on the target: nothing can be rolled back. The source stays fenced."""
+        self._check_staying()
         await self._ending.finish()
 
     async def settle(self, owner: Owner) -> None:
         """End it as a person says who owns. See `agent.source.settling`."""
-        await self._settling.settle(owner, self._stop_task)
+        await self._settling.settle(owner, self._stop_task, self._check_staying)
 
     async def verify(self) -> AsyncGenerator[Comparison, None]:
         """Compare both ends between two rounds; iterates the progress, the last item is done."""
@@ -382,13 +392,15 @@ class SourceMigration:
 
     async def close(self, error: WarmsyncError) -> None:
         """The agent stops: tracking goes on, and so does the migration with its next start."""
+        self._stopping = error
         if not self.state.is_terminal:
             await self._autopilot.close()
+            if not self.state.is_terminal:
+                await self._stop_task()
         if self.state.is_terminal:  # with the threads and the connection that it still needs
             await self._ending.over.wait()
-            return
-        await self._stop_task()
-        await self._ending.suspend(error)
+        else:
+            await self._ending.suspend(error)
 
     async def _run(self) -> None:
         self._stalls.start()
@@ -425,6 +437,7 @@ class SourceMigration:
             self._task.cancel()
 
     def _check_comparable(self) -> None:
+        self._check_staying()
         if self.state not in (State.SYNCING, State.CONVERGED, State.CUT_OVER):
             raise FailedPrecondition(
                 "NOT_COMPARABLE",

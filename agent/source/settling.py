@@ -36,15 +36,23 @@ class Settling:
         self._ending = ending
         self._peer = peer
 
-    async def settle(self, owner: Owner, stop: Callable[[], Awaitable[None]]) -> None:
+    async def settle(
+        self,
+        owner: Owner,
+        stop: Callable[[], Awaitable[None]],
+        check_staying: Callable[[], None],
+    ) -> None:
         """End it as the person says; `stop` ends what drives it. Told once it is written down.
 
-        FailedPrecondition OWNER_KNOWN where the agents know, or learn it from each other.
+        FailedPrecondition OWNER_KNOWN where the agents know, or learn it from each other. What
+        `check_staying` raises once the agent stops.
         """
+        check_staying()
         async with self._commands:
             self._check(owner)
             doubted = self._doubt
             await self._check_silent()
+            check_staying()  # a connection that was closed meanwhile is silent, too
             if doubted != self._doubt:  # the link was told meanwhile
                 raise owner_known(
                     self._books.id, f"the target has just answered, it is {self._books.state} now"

@@ -24,7 +24,7 @@ from agent.source import settling as settling_module
 from agent.source.autopilot import Autopilot
 from agent.state import State
 from tests.agent.ends import Source
-from tests.agent.migrations import LOST, assert_state, reach, throw, trial
+from tests.agent.migrations import LOST, STOPPED, assert_state, reach, throw, trial
 
 ENDS = {Owner.SOURCE: State.ROLLED_BACK, Owner.TARGET: State.COMPLETED}
 FORGOTTEN = NotFound("SESSION_NOT_FOUND", "this agent has no such session")
@@ -298,5 +298,22 @@ def test_it_counts_in_the_totals(end: Source, tmp_path: Path, owner: Owner, cut_
         assert totals["sent_bytes"] == migration.snapshot().progress.sent_bytes
         assert totals.get("migrations_cut_over", 0) == cut_overs
         end.journal.close()
+
+    trial(end, steps)
+
+
+def test_a_target_is_not_silent_because_the_agent_stops(end: Source) -> None:
+    async def steps(migration: SourceMigration) -> None:
+        await cut_over(end, migration)
+        gate = end.peer.gates["unread"] = asyncio.Event()
+        end.peer.errors["unread"] = [LOST]  # its connection was closed
+        settling = asyncio.ensure_future(migration.settle(Owner.SOURCE))
+        await end.peer.until("unread")
+        await migration.close(STOPPED)
+        gate.set()
+        with pytest.raises(Unavailable) as caught:
+            await settling
+        assert caught.value is STOPPED
+        assert (migration.state, end.is_fenced()) == (State.CUT_OVER, True)
 
     trial(end, steps)

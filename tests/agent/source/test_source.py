@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from agent.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from agent.journal import Journal
-from agent.migration import Mode, Step
+from agent.migration import Mode, Owner, Step
 from agent.record import load_source
 from agent.rounds import Convergence
 from agent.source import SourceMigration
@@ -363,5 +363,28 @@ def test_the_agent_stops_in_the_moment_a_rest_is_over(
             await begun.wait()
             await closings[0]
         assert not end.is_open()
+
+    trial(end, steps)
+
+
+def test_an_agent_that_stops_takes_no_commands(end: Source) -> None:
+    """The disks are let go, the connection is closed: neither says anything of the migration."""
+
+    async def steps(migration: SourceMigration) -> None:
+        await reach(migration, State.CONVERGED)
+        await migration.cut_over(force=False)
+        await migration.close(STOPPED)
+        for command in (
+            migration.cancel(),
+            migration.finish(),
+            migration.roll_back(),
+            migration.settle(Owner.SOURCE),
+            anext(migration.verify()),
+        ):
+            with pytest.raises(Unavailable) as caught:
+                await command
+            assert caught.value is STOPPED
+        assert_state(migration, State.CUT_OVER)
+        assert end.is_fenced()
 
     trial(end, steps)
