@@ -10,6 +10,7 @@ import errno
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -46,6 +47,7 @@ _QUIET = frozenset(
 """Run states in which no processor of the guest runs (qapi/run-state.json). Not `postmigrate`: it
 runs on in another QEMU, and writes to the same image there."""
 _SECTOR_BYTES = 512
+_AGAIN_SECONDS = 0.1
 
 
 class QemuDevice(NbdDevice):
@@ -235,21 +237,30 @@ class QemuDevice(NbdDevice):
     def _check_shown(self) -> None:
         """The guest and our export stand on the disk; one that was started again has no export."""
         export = self.seat.export
+        try:
+            users = self._look_at_users()
+        except FailedPrecondition as error:
+            if error.reason not in ("QEMU_DISK_REPLACED", "QEMU_DISK_UNUSED"):
+                raise
+            # A job may have ended between the commands that told so.
+            time.sleep(_AGAIN_SECONDS)
+            users = self._look_at_users()
+        if export_user(export) not in users.here:
+            self.redirect(socket_path=self._show(), export=export)
+        self._users = users.kept(self._users)
 
+    def _look_at_users(self) -> Users:
         async def ask(monitor: Monitor) -> Users:
             return await find_users(monitor, self.node.name)
 
         users = self.converse(ask)
-        moved = users.moved(export, self._users)
+        moved = users.moved(self.seat.export, self._users)
         if moved:
             raise replaced(self._source, self.node.socket, f"a job has moved it to node {moved}")
         users.check_tracked(self._source)
-        ours = export_user(self.seat.access.prefix)
         if self._known is None:
-            users.check_used(self._source, self.node.socket, ours)
-        if export_user(export) not in users.here:
-            self.redirect(socket_path=self._show(), export=export)
-        self._users = frozenset(one for one in users.here if not one.startswith(ours))
+            users.check_used(self._source, self.node.socket)
+        return users
 
     def _rest(self) -> None:
         """Make sure that a keeper shows the image as it is now."""

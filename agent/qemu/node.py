@@ -16,7 +16,17 @@ from agent.errors import FailedPrecondition, NotAllowed, NotFound, Unavailable, 
 from agent.qemu.access import Access
 from agent.qemu.monitor import Monitor, converse
 
-FILTERS = frozenset({"commit_top", "copy-before-write", "copy-on-read", "mirror_top", "throttle"})
+FILTERS = frozenset(
+    {
+        "blklogwrites",
+        "commit_top",
+        "compress",
+        "copy-before-write",
+        "copy-on-read",
+        "mirror_top",
+        "throttle",
+    }
+)
 """Nodes that stand over a disk, a job's or for good: what is written passes them."""
 _PROTOCOLS = frozenset({"file", "host_device", "nvme"})
 """Nodes under a format, which show the image's own bytes."""
@@ -172,8 +182,11 @@ def is_named(node: Node, source: str) -> bool:
 
 
 def _disks(nodes: list[Node]) -> list[Node]:
-    """Leave out what stands over or under the disks, in each QEMU for itself."""
-    nodes = [node for node in nodes if node.driver not in FILTERS]
+    """Leave out what stands over or under the disks, in each QEMU for itself.
+
+    But a filter that was named itself: only it is among these then.
+    """
+    nodes = [node for node in nodes if node.driver not in FILTERS] or nodes
     formats = {node.socket for node in nodes if node.driver not in _PROTOCOLS}
     return [node for node in nodes if node.driver not in _PROTOCOLS or node.socket not in formats]
 

@@ -73,13 +73,23 @@ def disk(open_disk: Open) -> SourceDisk:
     return disk
 
 
-def start(qemu: Qemu, resources: ExitStack, name: str = "move-0") -> SourceDisk:
+def start(
+    qemu: Qemu, resources: ExitStack, name: str = "move-0", source: str | None = None
+) -> SourceDisk:
     """Track a disk that is not the machine's."""
-    path = str(qemu.image)
+    disk = open_again(qemu, resources, name, source)
+    disk.start()
+    return disk
+
+
+def open_again(
+    qemu: Qemu, resources: ExitStack, name: str = "move-0", source: str | None = None
+) -> SourceDisk:
+    """Open it as the next agent does."""
+    path = source or str(qemu.image)
     opened = open_source(Volume(path, path), (path,), qemu.seat(name))
     disk = SourceDisk(opened, Scheme.QEMU, 4096, Path("/nowhere"))
     resources.callback(disk.close)
-    disk.start()
     return disk
 
 
