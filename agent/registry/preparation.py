@@ -178,8 +178,7 @@ class Preparation:
             for i, volume in enumerate(plan.volumes):
                 allowed, seat = self._config.allow_devices, self._seat(scheme, plan.id, i)
                 if seat is not None:
-                    with suppress(OSError):  # of a migration of that id that is forgotten
-                        seat.note.unlink(missing_ok=True)
+                    await asyncio.to_thread(_forget_earlier, seat)
                 sources.append(await asyncio.to_thread(open_source, volume, allowed, seat))
                 _check_disjoint(sources)
         except BaseException:
@@ -226,6 +225,16 @@ class Preparation:
         hooks = self._config.hooks
         hook = Hook("quiesce", "source", hooks.quiesce, hooks.quiesce_seconds)
         return HookRun(hook, self._places.hook(name, "quiesce"))
+
+
+def _forget_earlier(seat: Seat) -> None:
+    """Remove the note of a migration of that id, and first what that has left: only it tells."""
+    with suppress(ImportError):  # to open the source says so
+        from agent.qemu.tidy import settle
+
+        settle(seat)
+    with suppress(OSError):
+        seat.note.unlink(missing_ok=True)
 
 
 async def _undo(
