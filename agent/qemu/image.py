@@ -1,6 +1,7 @@
 """The file or device that holds an image: who has it open, and its fence.
 
-Owns the lock that keeps QEMUs from opening it. The bytes of an image are never read through this.
+Owns the lock that keeps QEMUs from opening it, and the one that keeps it from being a target. The
+bytes of an image are never read through this.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 import stat
 import struct
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from native.blockio import BlockDevice
@@ -98,6 +100,34 @@ class Image:
             self._device.close()
 
 
+@contextmanager
+def claim(path: str) -> Iterator[None]:
+    """Keep an image from being claimed as a target; OSError EBUSY if it is one.
+
+    As `native.blockio` claims them, but for the lease: a QEMU or qemu-img may open it meanwhile.
+    """
+    is_device = stat.S_ISBLK(os.stat(path).st_mode)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_EXCL if is_device else 0))
+    try:
+        if not is_device:
+            _lock_file(descriptor, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock_file(descriptor: int, path: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OSError(errno.EBUSY, "it is a target now", path) from error
+    except OSError as error:
+        # NFS takes it for a lock of all bytes, which would keep out qemu-img, and asks for a
+        # descriptor that may write (flock(2)).
+        if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+
+
 def await_no_writer(path: str) -> None:
     """Wait for a QEMU that may be on its way out, if a file is there."""
     with suppress(OSError):
@@ -106,6 +136,15 @@ def await_no_writer(path: str) -> None:
             image.await_no_writer()
         finally:
             image.close()
+
+
+def is_read_only(path: str) -> bool:
+    """Return whether the fence of an image is up. OSError."""
+    device = BlockDevice(path)
+    try:
+        return device.is_read_only()
+    finally:
+        device.close()
 
 
 def _count_writes(number: int) -> tuple[int, ...]:

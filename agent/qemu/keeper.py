@@ -24,6 +24,8 @@ _START_SECONDS = 10.0
 _TOOL_SECONDS = 30.0
 """What qemu-img may take: with storage that never answers, it never ends."""
 _KILLED_SECONDS = 1.0
+_MAGIC = b"QFI\xfb"
+"""What a qcow2 image begins with (docs/interop/qcow2.txt)."""
 
 
 class Keeper:
@@ -140,17 +142,33 @@ def remove_bitmaps(path: str, names: list[str]) -> list[str]:
 
 
 def list_bitmaps(path: str, prefix: str) -> list[str]:
-    """Return the bitmaps in a qcow2 image with this prefix; none if it is open elsewhere.
+    """Return the bitmaps in a qcow2 image with this prefix; none where no such image is any more.
 
-    IMAGE_UNUSABLE where qemu-img cannot be run, or does not end.
+    IMAGE_UNUSABLE where qemu-img cannot be run, does not end or cannot look: it is open elsewhere.
     """
     command = ["qemu-img", "info", "--output=json", "-f", "qcow2", path]
     done = _run(path, command)
     if done.returncode != 0:
-        return []
+        if not _is_qcow2(path):
+            return []
+        said = done.stderr.strip().splitlines()
+        raise FailedPrecondition(
+            "IMAGE_UNUSABLE",
+            f"{path} cannot be looked into: {said[0] if said else command[0]}; end what has it "
+            "open",
+            path=path,
+        )
     data = json.loads(done.stdout).get("format-specific", {}).get("data", {})
     names = [one["name"] for one in data.get("bitmaps", ())]
     return [name for name in names if name.startswith(prefix)]
+
+
+def _is_qcow2(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except FileNotFoundError:
+        return False
 
 
 def _run(path: str, command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -159,14 +177,14 @@ def _run(path: str, command: list[str]) -> subprocess.CompletedProcess[str]:
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
         )
     except OSError as error:
         raise _unusable(path, command[0], error) from error
     try:
-        said, _ = process.communicate(timeout=_TOOL_SECONDS)
+        said, failed = process.communicate(timeout=_TOOL_SECONDS)
     except subprocess.TimeoutExpired as error:
         process.kill()
         with suppress(subprocess.TimeoutExpired):  # the kernel may hold it: not waited for then
@@ -176,7 +194,7 @@ def _run(path: str, command: list[str]) -> subprocess.CompletedProcess[str]:
             f"{path} has not answered {command[0]} for {_TOOL_SECONDS:g} s; see to its storage",
             path=path,
         ) from error
-    return subprocess.CompletedProcess(command, process.returncode, said)
+    return subprocess.CompletedProcess(command, process.returncode, said, failed)
 
 
 def _start(socket: str, path: str, driver: str) -> subprocess.Popen[str]:

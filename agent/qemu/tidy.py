@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from agent.errors import FailedPrecondition, WarmsyncError
 from agent.qemu.access import Access, Seat
 from agent.qemu.export import list_exports, remove_export, stop_server
-from agent.qemu.image import await_no_writer
+from agent.qemu.image import await_no_writer, claim, is_read_only
 from agent.qemu.keeper import dismiss, list_bitmaps, remove_bitmaps
 from agent.qemu.monitor import Monitor, converse
 from agent.qemu.node import Node, list_nodes
@@ -83,7 +83,7 @@ def tidy(
 def clear(seat: Seat, node: Node) -> None:
     """Remove all that is left of a volume, but not its keeper: from its QEMU, or from its image.
 
-    QMP_UNREACHABLE, QMP_REFUSED, IMAGE_UNUSABLE.
+    QMP_UNREACHABLE, QMP_REFUSED, IMAGE_UNUSABLE; OSError EBUSY if the image is a target now.
     """
     try:
         if node.path in _sweep(node.socket, seat.access, seat.owns)[1]:
@@ -97,11 +97,25 @@ def clear(seat: Seat, node: Node) -> None:
 
 
 def _clear_image(seat: Seat, node: Node) -> None:
-    """Remove what an image at rest holds of a volume, if nobody has it open."""
-    if _keeps_bitmaps(node):
-        left = remove_bitmaps(node.path, list_bitmaps(node.path, seat.prefix))
-        if left:
-            _log.warning("bitmaps left in an image path=%s names=%s", node.path, left)
+    """Remove what an image at rest holds of a volume. IMAGE_UNUSABLE, OSError if some may stay.
+
+    But behind a fence, which keeps qemu-img out too, it does.
+    """
+    if not _keeps_bitmaps(node):
+        return
+    try:
+        with claim(node.path):
+            left = remove_bitmaps(node.path, list_bitmaps(node.path, seat.prefix))
+            if left and not is_read_only(node.path):
+                raise FailedPrecondition(
+                    "IMAGE_UNUSABLE",
+                    f"{node.path} keeps {', '.join(left)}; end what has it open",
+                    path=node.path,
+                )
+    except FileNotFoundError:
+        return
+    if left:
+        _log.warning("bitmaps left in an image path=%s names=%s", node.path, left)
 
 
 def _keeps_bitmaps(node: Node) -> bool:

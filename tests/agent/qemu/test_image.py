@@ -1,12 +1,17 @@
-"""What tells that an image was written to behind our back."""
+"""What tells that an image was written to behind our back, and who may claim it."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from agent.qemu.image import Image
+import pytest
+
+from agent.device import open_device
+from agent.errors import FailedPrecondition
+from agent.qemu.image import Image, claim
 from tests import content
 from tests.devices import LoopDevice, run
 
@@ -60,3 +65,22 @@ def test_so_does_a_write_to_a_file(tmp_path: Path) -> None:
     path.write_bytes(b"\x01" * MIB)
     assert image.stamp() != stamp
     image.close()
+
+
+@pytest.mark.parametrize("kind", ["file", "device"])
+def test_it_is_claimed_by_us_or_as_a_target(
+    tmp_path: Path, loop_device: Callable[..., LoopDevice], kind: str
+) -> None:
+    path = str(tmp_path / "image") if kind == "file" else loop_device(4 * MIB).path
+    if kind == "file":
+        Path(path).write_bytes(bytes(MIB))
+    with claim(path), pytest.raises(FailedPrecondition) as caught:
+        open_device(path, (path,), writable=True, exclusive=True)
+    assert caught.value.reason == "DEVICE_IN_USE"
+    target = open_device(path, (path,), writable=True, exclusive=True)
+    with pytest.raises(OSError, match=path) as refused, claim(path):
+        pass
+    assert refused.value.errno == errno.EBUSY
+    target.close()
+    with claim(path):
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from agent.qemu import keeper as keeper_module
 from agent.qemu.image import Image
 from agent.qemu.keeper import Keeper, list_bitmaps, remove_bitmaps
 from tests import devices, qemus
+from tests.devices import run
 from tests.qemus import Qemu
 
 LATE = """
@@ -92,3 +94,27 @@ def test_a_tool_that_never_ends_is_told(
                 call()
             assert caught.value.reason == "IMAGE_UNUSABLE"
     assert list_bitmaps(str(qemu.image), "warmsync-") == []
+
+
+def test_an_image_that_is_open_elsewhere_cannot_be_looked_into(
+    make_disk: Callable[..., Qemu],
+) -> None:
+    """Which is not to say that there is nothing in it."""
+    qemu = make_disk()
+    path = str(qemu.image)
+    run("qemu-img", "bitmap", "--add", path, "warmsync-1")
+    qemu.start_daemon()
+    with pytest.raises(FailedPrecondition, match=r"lock.*; end what has it open") as caught:
+        list_bitmaps(path, "warmsync-")
+    assert caught.value.reason == "IMAGE_UNUSABLE"
+    assert "\n" not in str(caught.value)
+    qemu.kill()
+    assert list_bitmaps(path, "warmsync-") == ["warmsync-1"]
+
+
+def test_nothing_is_in_what_is_no_image_any_more(tmp_path: Path) -> None:
+    devices.require("qemu")
+    path = tmp_path / "image"
+    assert list_bitmaps(str(path), "") == []
+    path.write_bytes(bytes(1 << 20))
+    assert list_bitmaps(str(path), "") == []

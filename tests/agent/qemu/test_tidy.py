@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import socket
 import time
@@ -12,17 +14,23 @@ from pathlib import Path
 
 import pytest
 
+from agent.config import AgentConfig
+from agent.device import open_device
 from agent.disk import SourceDisk, open_source
 from agent.errors import FailedPrecondition, ResourceExhausted
-from agent.migration import Scheme, Volume
+from agent.migration import Plan, Scheme, Volume
 from agent.qemu import device, tidy
+from agent.qemu import image as image_module
 from agent.qemu.access import Seat
 from agent.qemu.image import Image
 from agent.qemu.keeper import Keeper, list_bitmaps
 from agent.qemu.monitor import Monitor, converse
 from agent.qemu.note import read_note
+from agent.registry.places import places_of
+from agent.registry.preparation import Preparation
 from agent.store import Store
 from tests import devices, qemus
+from tests.agent.ends import SIGNER, FakeCarrier, FakePeer
 from tests.qemus import Qemu
 
 Work = Callable[[Monitor], Awaitable[object]]
@@ -116,6 +124,8 @@ def test_it_goes_on_to_try_whatever_fails(
             eventually(lambda: len(asked) > 2)
     assert seat.note.exists()
     eventually(lambda: not seat.note.exists())
+    if failing != "qemu-img":
+        machine.quit()
     assert list_bitmaps(str(machine.image), "") == []
 
 
@@ -216,6 +226,103 @@ def test_an_image_that_never_answers_is_in_nobodys_way(
         revive()
         eventually(lambda: not seat.note.exists())
     assert list_bitmaps(str(machine.image), "") == []
+
+
+def test_a_migration_that_is_refused_keeps_the_note_of_what_is_left(
+    machine: Qemu, make_disk: Callable[..., Qemu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the same id, of another disk."""
+    devices.require("nbdkit")
+    monkeypatch.setattr(tidy, "_WAIT_SECONDS", 0.5)
+    other = make_disk("other")
+    config = AgentConfig(state_dir=str(machine.directory), allow_devices=(str(other.image),))
+    places = places_of(config)
+    peer = FakePeer(FakeCarrier([]))
+    preparation = Preparation(config, places, machine.access, lambda _: peer, SIGNER)
+    seat = Seat(machine.access, "web1-0", places.volumes / "web1-0.qemu")
+    plan = Plan("web1", "target:7070", (Volume(str(other.image), "/dst"),), Scheme.QEMU)
+    leave(machine, seat)
+    with qemus.dead_storage(machine) as revive:
+        eventually(lambda: seat in tidy._busy)
+        with pytest.raises(FailedPrecondition, match="see to its storage"):
+            asyncio.run(preparation.prepare(plan, lambda _: None))
+        assert seat.note.exists()
+        revive()
+        eventually(lambda: not seat.note.exists())
+    assert list_bitmaps(str(machine.image), "") == []
+
+
+def open_elsewhere(machine: Qemu, *, read_only: bool) -> Qemu:
+    """Have its image in a QEMU that the agent does not know."""
+    (machine.directory / "elsewhere").mkdir()
+    other = Qemu(machine.directory / "elsewhere", machine.image, "qcow2")
+    if read_only:
+        file = {"driver": "file", "filename": str(machine.image), "read-only": True}
+        block = {"driver": "qcow2", "node-name": "disk", "read-only": True, "file": file}
+        command = ["qemu-storage-daemon", "--blockdev", json.dumps(block)]
+        command += ["--chardev", f"socket,id=qmp,path={other.socket},server=on,wait=off"]
+        other.start([*command, "--monitor", "chardev=qmp"])
+    else:
+        other.start_daemon()
+    return other
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_an_image_that_is_open_elsewhere_is_tidied_up_after_that(
+    machine: Qemu,
+    seat: Seat,
+    resources: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    read_only: bool,
+) -> None:
+    """As while a qemu-img has it that was given up, and that the kernel holds."""
+    monkeypatch.setattr(image_module, "_END_SECONDS", 0.1)
+    begin(machine, seat).detach()
+    machine.quit()
+    other = open_elsewhere(machine, read_only=read_only)
+    resources.callback(other.kill)
+    tidy.tidy(seat.access, [], [seat])
+    time.sleep(1.0)
+    assert seat.note.exists()
+    other.kill()
+    eventually(lambda: not seat.note.exists())
+    assert list_bitmaps(str(machine.image), "") == []
+
+
+def test_what_is_left_behind_a_fence_is_let_be(
+    machine: Qemu, seat: Seat, resources: ExitStack
+) -> None:
+    begin(machine, seat).detach()
+    machine.quit()
+    other = open_elsewhere(machine, read_only=True)
+    resources.callback(other.kill)
+    machine.image.chmod(0o444)
+    tidy.tidy(seat.access, [], [seat])
+    eventually(lambda: not seat.note.exists())
+    machine.image.chmod(0o644)
+
+
+def test_what_is_a_target_by_now_is_not_touched(machine: Qemu, seat: Seat) -> None:
+    """Whose bytes are the source's, whatever they look like."""
+    begin(machine, seat).detach()
+    machine.quit()
+    before, path = machine.image.read_bytes(), str(machine.image)
+    target = open_device(path, (path,), writable=True, exclusive=True)
+    tidy.tidy(seat.access, [], [seat])
+    time.sleep(1.0)
+    assert seat.note.exists()
+    assert machine.image.read_bytes() == before
+    target.close()
+    eventually(lambda: not seat.note.exists())
+    assert list_bitmaps(path, "") == []
+
+
+def test_an_image_that_is_gone_holds_nothing(machine: Qemu, seat: Seat) -> None:
+    begin(machine, seat).detach()
+    machine.quit()
+    machine.image.unlink()
+    tidy.tidy(seat.access, [], [seat])
+    eventually(lambda: not seat.note.exists())
 
 
 def test_an_agent_starts_whatever_its_images_are_on(machine: Qemu, seat: Seat) -> None:
