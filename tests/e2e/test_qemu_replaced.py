@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import devices, qemus
-from tests.devices import require
+from tests.devices import require, run
 from tests.e2e import disks
 from tests.e2e.agents import eventually
 from tests.e2e.disks import MIB
@@ -81,18 +81,24 @@ def test_a_mirror_ends_the_migration(deleted: bool, site: Site, machine: Qemu) -
 
 @pytest.mark.parametrize("filters", ["copy-on-read", "throttle", "throttle copy-on-read"])
 def test_a_mirror_of_a_filter_ends_the_migration(filters: str, site: Site) -> None:
-    """The guest is on a filter over the disk; our export, on the disk itself, is not moved."""
+    """The guest is on a filter over the disk; our export, on the disk itself, is not moved.
+
+    Nor is a backup's.
+    """
     machine = site.qemu
     machine.filters = tuple(filters.split())
     machine.start_machine()
     machine.write(0x11, 0, MIB, machine.top)
     name = site.move()
     site.source.wait(name, "CONVERGED")
+    backup = {"type": "nbd", "id": "backup", "node_name": "disk", "name": "backup"}
+    machine.ask("block-export-add", **backup)
     mirror(machine)
     machine.write(0x99, 20 * MIB, MIB, "new")
     machine.ask("stop")
     refused = site.source.run("cutover", name, "--force")
     assert refused.code == 1, refused
+    machine.ask("block-export-del", id="backup", mode="hard")
     await_failed(site, name)
     again = site.move(source=machine.directory / "other.qcow2")
     site.source.wait(again, "CONVERGED")
@@ -101,12 +107,14 @@ def test_a_mirror_of_a_filter_ends_the_migration(filters: str, site: Site) -> No
     qemus.assert_same(machine, site.target)
 
 
-def test_a_disk_under_filters_is_moved(site: Site) -> None:
+@pytest.mark.parametrize("named", ["", "filter1", "filter2"])
+def test_a_disk_under_filters_is_moved(named: str, site: Site) -> None:
+    """By the name of its image, or of a filter."""
     machine = site.qemu
     machine.filters = ("throttle", "copy-on-read")
     machine.start_machine()
     machine.write(0x11, 0, MIB, machine.top)
-    name = site.move()
+    name = site.move(source=f"{machine.socket}/{named}" if named else None)
     site.source.wait(name, "CONVERGED")
     machine.write(0x22, 8 * MIB, MIB, machine.top)
     machine.ask("stop")
@@ -133,6 +141,19 @@ def test_the_base_of_a_commit_is_moved_after_its_end(site: Site, machine: Qemu) 
     machine.ask("stop")
     site.cut_over(name)
     qemus.assert_same(machine, site.target)
+
+
+def test_a_disk_of_a_vm_that_is_off_is_moved_from_beside_others(site: Site) -> None:
+    """One storage daemon for many VMs."""
+    site.qemu.start_daemon()
+    second = site.directory / "vm" / "second.qcow2"
+    qemus.create(second, SIZE, "qcow2")
+    run("qemu-io", "-f", "qcow2", "-c", f"write -P 0x5a {MIB} {MIB}", second)
+    file = {"driver": "file", "filename": str(second)}
+    site.qemu.ask("blockdev-add", driver="qcow2", node_name="second", file=file)
+    name = site.move("--cold", source=second)
+    site.source.wait(name, "CUT_OVER")
+    qemus.assert_same(Qemu(second.parent, second, "qcow2"), site.target)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
