@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
-from qemu.qmp.qmp_client import GreetingError
+from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
 from agent.errors import FailedPrecondition, Unavailable, WarmsyncError
 
@@ -102,7 +102,7 @@ async def _connect(client: QMPClient, socket_path: str, patience_seconds: float)
             await client.connect(dial(socket_path, patience_seconds))
             return
         except ConnectError as error:
-            if not (isinstance(error.exc, GreetingError) and tries_left):
+            if not (isinstance(error.exc, GreetingError | NegotiationError) and tries_left):
                 raise
             await asyncio.sleep(_GREETING_PAUSE_SECONDS)
 

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -63,7 +63,7 @@ def serve(listener: socket.socket, greetings: list[bytes]) -> None:
     """Greet one client after the other so; answer the last one."""
     for greeting in greetings:
         client, _ = listener.accept()
-        with client:
+        with client, suppress(ConnectionError):  # who was sent an event has left
             client.sendall(greeting + b"\n")
             for answer in ANSWERS:
                 asked = client.recv(4096)  # no newline follows a command
@@ -73,15 +73,16 @@ def serve(listener: socket.socket, greetings: list[bytes]) -> None:
                 client.sendall(json.dumps(answer | named).encode() + b"\n")
 
 
+@pytest.mark.parametrize("stray", [EVENT, GREETING + b"\n" + EVENT])
 @pytest.mark.parametrize("strays", [1, 4, 5])
-def test_an_event_in_the_greetings_place(directory: Path, strays: int) -> None:
-    """Meant for the client before: asked for again, but not for ever."""
+def test_an_event_in_the_greetings_place(directory: Path, strays: int, stray: bytes) -> None:
+    """Or right behind it, before it is answered: asked for again, but not for ever."""
     path = str(directory / "qmp.sock")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
         listener.settimeout(20)
-        greetings = [EVENT] * strays + [GREETING] * (strays < 5)
+        greetings = [stray] * strays + [GREETING] * (strays < 5)
         server = threading.Thread(target=serve, args=(listener, greetings))
         server.start()
         if strays < 5:
