@@ -6,12 +6,13 @@ to every call. The only place that knows gRPC codes. Never decides what is an er
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
@@ -31,6 +32,8 @@ from agent.errors import (
     Unavailable,
     WarmsyncError,
 )
+
+_Result = TypeVar("_Result")
 
 DOMAIN = "warmsync"
 # gRPC refuses trailers of more than 8 KiB or so (soft limit of grpc.max_metadata_size), and the
@@ -110,6 +113,27 @@ def calling(address: str, *, tls: bool = True) -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise from_rpc_error(error, address, tls=tls) from error
+
+
+async def to_its_end(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Await what must not be left half done: it goes on if the caller hangs up.
+
+    What it raises then is heard by nobody: a refusal is logged as one, a defect as such.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_tell_unheard)
+        raise
+
+
+def _tell_unheard(task: asyncio.Task[Any]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if isinstance(error, WarmsyncError):
+        _log.info('refused, unheard reason=%s message="%s"', error.reason, error)
+    elif error is not None:
+        _log.error("failed, unheard", exc_info=error)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):

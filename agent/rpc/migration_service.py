@@ -18,6 +18,7 @@ from agent.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from agent.registry import Registry
 from agent.registry.revival import Source
 from agent.rpc.convert import id_of, to_comparison, to_message, to_mode, to_owner, to_plan
+from agent.rpc.errors import to_its_end
 from agent.target import TargetSession
 
 WATCH_SECONDS = 0.1
@@ -46,7 +47,7 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
         """Check everything on both hosts, then start."""
         plan = to_plan(request, f"m-{secrets.token_hex(4)}")
         # A caller that hangs up in the middle must not leave half of it behind.
-        migration = await asyncio.shield(self._registry.create(plan))
+        migration = await to_its_end(self._registry.create(plan))
         return to_message(migration.snapshot())
 
     async def GetMigration(
@@ -194,7 +195,7 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
     ) -> migration_pb2.Migration:
         """Record who owns, at either end; to its end, also if the caller hangs up."""
         settling = self._registry.settle(id_of(request.name), to_owner(request.owner))
-        end = await asyncio.shield(asyncio.ensure_future(settling))
+        end = await to_its_end(settling)
         return to_message(end.snapshot())
 
     async def GetCutoverCertificate(
@@ -225,7 +226,7 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
     async def _finish(self, name: str, command: str) -> migration_pb2.Migration:
         """Run a command to its end, also if the caller hangs up meanwhile."""
         migration = self._source(name)
-        await asyncio.shield(asyncio.ensure_future(getattr(migration, command)()))
+        await to_its_end(getattr(migration, command)())
         return to_message(migration.snapshot())
 
 

@@ -24,6 +24,7 @@ from agent.migration import Depth, Identity, Role, Volume
 from agent.peer import SessionRequest
 from agent.registry import Registry
 from agent.rpc.convert import DEPTHS, resize_message
+from agent.rpc.errors import to_its_end
 from agent.shrinkage import measure
 from agent.state import State
 from agent.target import TargetSession
@@ -53,7 +54,7 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         """Check and claim the target devices, all or none."""
         opening = self._registry.open_session(_session_request(request))
         # To its end, also when the source hangs up: it finds the session, or gives it up, later.
-        await asyncio.shield(asyncio.ensure_future(opening))
+        await to_its_end(opening)
         return pb.OpenSessionResponse()
 
     async def ResumeSession(
@@ -62,7 +63,7 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         """Let a source go on."""
         session = self._registry.session_of(request.session_secret)
         resuming = session.resume(request.session_secret, request.epoch)
-        generation = await asyncio.shield(asyncio.ensure_future(resuming))  # as at OpenSession
+        generation = await to_its_end(resuming)  # as at OpenSession
         released = session.state in (State.CUT_OVER, State.COMPLETED)
         certificate = session.certificate.encode() if released else b""
         return pb.ResumeSessionResponse(
@@ -183,7 +184,7 @@ class PeerServicer(peer_service_pb2_grpc.PeerServiceServicer):
         """Take the devices back for a rollback."""
         session = self._registry.session(request.session_token, ahead=True)
         reclaiming = session.reclaim(self._registry.config.allow_devices)
-        await asyncio.shield(asyncio.ensure_future(reclaiming))  # as at OpenSession
+        await to_its_end(reclaiming)  # as at OpenSession
         return pb.ReclaimSessionResponse()
 
     async def FinishSession(

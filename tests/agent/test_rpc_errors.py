@@ -17,6 +17,7 @@ from agent.rpc.errors import (
     calling,
     from_rpc_error,
     from_status,
+    to_its_end,
     to_status,
 )
 from tests.agent.rpc_helpers import Echo, run, serving
@@ -242,3 +243,33 @@ async def invoke(channel: Any, method: str) -> None:
     else:
         async for _ in call:
             pass
+
+
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [(errors.Unavailable("PEER_LOST", "gone"), "INFO"), (KeyError("a defect"), "ERROR")],
+)
+def test_what_nobody_hears_is_logged(
+    caplog: pytest.LogCaptureFixture, error: Exception, level: str
+) -> None:
+    """The caller has hung up; the work goes on to its end, and fails."""
+    caplog.set_level(logging.INFO, "agent.rpc.errors")
+
+    async def main() -> None:
+        gate = asyncio.Event()
+
+        async def work() -> None:
+            await gate.wait()
+            raise error
+
+        call = asyncio.ensure_future(to_its_end(work()))
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait([call])
+        gate.set()
+        while not caplog.records:  # noqa: ASYNC110 - a log rings no bell
+            await asyncio.sleep(0.01)
+
+    run(main)
+    (record,) = caplog.records
+    assert (record.levelname, bool(record.exc_info)) == (level, level == "ERROR")

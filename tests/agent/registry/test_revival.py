@@ -58,6 +58,9 @@ def test_each_volume_is_fenced_whatever_is_wrong_with_another(
         shown = host.registry.get("web1").snapshot()
         assert shown.owner is not Owner.SOURCE
         assert "late is not fenced" in f"{shown.refusal} {shown.progress.trouble}"
+        host.errors["resume"] = [
+            Unavailable("PEER_UNREACHABLE", "away")
+        ] * 1000  # else it is learned at once that the source owns
         host.registry.start()
         late = host.images["c"].rename(tmp_path / "late")
         await until(lambda: is_fenced(late))
