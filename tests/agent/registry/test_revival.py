@@ -58,9 +58,8 @@ def test_each_volume_is_fenced_whatever_is_wrong_with_another(
         shown = host.registry.get("web1").snapshot()
         assert shown.owner is not Owner.SOURCE
         assert "late is not fenced" in f"{shown.refusal} {shown.progress.trouble}"
-        host.errors["resume"] = [
-            Unavailable("PEER_UNREACHABLE", "away")
-        ] * 1000  # else it is learned at once that the source owns
+        away = Unavailable("PEER_UNREACHABLE", "away")
+        host.errors["resume"] = [away] * 1000  # else the fence comes down again at once
         host.registry.start()
         late = host.images["c"].rename(tmp_path / "late")
         await until(lambda: is_fenced(late))
